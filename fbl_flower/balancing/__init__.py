@@ -1,0 +1,1 @@
+"""The paper: plan, filling, sampling, replay, alignment, drop."""

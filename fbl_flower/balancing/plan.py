@@ -1,0 +1,63 @@
+"""The balance point (Eq. 3): how many real images of each class stay, and how many are generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancePlan:
+    """What one client does to its data.
+
+    Attributes:
+        keep: int64 [C], real images of each class that stay.
+        fill: int64 [C], synthetic images of each class to add.
+    """
+
+    keep: np.ndarray
+    fill: np.ndarray
+
+    @property
+    def num_balanced(self) -> int:
+        """Size of the balanced set."""
+        return int(self.keep.sum() + self.fill.sum())
+
+
+def make_plan(
+    counts: np.ndarray, *, tie_break: np.random.Generator, sampling: bool = True, filling: bool = True
+) -> BalancePlan:
+    """Plan a client's balanced set.
+
+    With B the target of a class (see `balance_targets`) and n its count: an excessive class (n > B) keeps B, a
+    scarce one (0 < n < B) gets B - n synthetic images, a missing one (n = 0) gets B. With both parts on, the total
+    never changes: `keep.sum() + fill.sum() == counts.sum()`.
+
+    Args:
+        counts: int [C], the client's real images of each class, n_k^c.
+        tie_break: The client's own stream, for classes that are equal (see `balance_targets`).
+        sampling: Whether excessive classes are cut down; if not, they stay whole and the total grows.
+        filling: Whether scarce and missing classes are filled; if not, the total shrinks.
+    """
+    targets = balance_targets(counts, tie_break=tie_break)
+    return BalancePlan(
+        keep=np.minimum(counts, targets) if sampling else counts.copy(),
+        fill=np.maximum(targets - counts, 0) if filling else np.zeros_like(counts),
+    )
+
+
+def balance_targets(counts: np.ndarray, *, tie_break: np.random.Generator) -> np.ndarray:
+    """Return int64 [C], the whole-numbered balance point of each class.
+
+    Eq. 3: B_k = (1/C) sum_c n_k^c. It is rarely whole. Reading: every class gets floor(B_k), and the classes with the
+    most real images get one more until the targets sum to N_k. Equal classes are ordered by a permutation that
+    is the client's own: a fixed order would favour the same classes in the whole federation.
+    """
+    if counts.ndim != 1 or (counts < 0).any():
+        raise ValueError("counts: wanted one number >= 0 for each class")
+    floor, extra = divmod(int(counts.sum()), len(counts))
+    targets = np.full(len(counts), floor, dtype=np.int64)
+    most_first = np.lexsort((tie_break.permutation(len(counts)), -counts))
+    targets[most_first[:extra]] += 1
+    return targets

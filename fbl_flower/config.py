@@ -1,0 +1,272 @@
+"""One frozen configuration tree, made from Flower's run config and validated once.
+
+Every field below is a run-config key: `TrainConfig.learning_rate` is `train.learning-rate`. Its default here, its
+default in `pyproject.toml` and its line in docs/configuration.md are the same; a test compares them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from fbl_flower.errors import ConfigError
+
+Value = bool | int | float | str
+
+
+def option(
+    default: Value,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+) -> Any:
+    """Declare one setting: its default, its meaning, and the values it allows (`low <= x <= high`, `x > above`)."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and who owns them."""
+
+    name: str = option("mnist5k", "data set", choices=("mnist5k", "digits", "cifar10"))
+    path: str = option("", "parquet file of the data set; empty for those that come with a package")
+    image_size: int = option(0, "height and width in pixels; 0: as the data set has it", low=0, high=1024)
+    num_test: int = option(-1, "test images, for the server; -1: the data set's own number", low=-1)
+    num_public: int = option(-1, "public images, owned by no client; -1: the data set's own number", low=-1)
+    num_validation: int = option(-1, "of the public images, those kept for tuning; -1: the data set's own number", low=-1)
+    num_private: int = option(2000, "images of all clients together; -1: all that are left", low=-1)
+    partition: str = option("dirichlet", "how classes spread over clients", choices=("dirichlet", "iid"))
+    alpha: float = option(0.1, "concentration of the Dirichlet partition: smaller is more skewed", above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The classifier: features F, then a linear head H."""
+
+    name: str = option("resnet18", "network; tiny is a small convolutional one for tests", choices=("resnet18", "tiny"))
+    stem: str = option("imagenet", "first layers of ResNet-18: 7x7/2 and max-pool, or 3x3/1", choices=("imagenet", "32x32"))
+    norm: str = option("group", "normalisation of ResNet-18", choices=("group", "batch"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Local training on a client: stochastic gradient descent."""
+
+    epochs: int = option(2, "passes over the client's balanced data in a round", low=1)
+    batch_size: int = option(32, "images per step", low=1)
+    learning_rate: float = option(0.05, "step size of the model", above=0.0)
+    momentum: float = option(0.9, "momentum, from zero again in each round", low=0.0, high=0.999)
+    weight_decay: float = option(0.0, "L2 penalty of the model's weights", low=0.0)
+    clip_norm: float = option(5.0, "largest gradient norm of the model; 0: no clipping", low=0.0)
+    augment: bool = option(True, "random shifts (and flips, for photographs), drawn anew for each batch")
+    precision: str = option("auto", "auto: bf16 where the machine has it in hardware, else fp32", choices=("auto", "fp32", "bf16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancingConfig:
+    """FBL. `enabled = false` is plain FedAvg; each part can be switched on its own."""
+
+    enabled: bool = option(True, "balance each client's data before it trains")
+    filling: bool = option(True, "knowledge filling: generate scarce and missing classes up to the balance point")
+    sampling: str = option(
+        "loss", "knowledge sampling: which images of an excessive class stay", choices=("loss", "random", "none")
+    )
+    replay_period: int = option(5, "server rounds after which a client chooses its images anew; 0: never", low=0)
+    replay_ratio: float = option(0.1, "gamma, the share of replayed images among the kept of a class", low=0.0, high=1.0)
+    alignment: bool = option(True, "knowledge alignment: learn a vector per class that moves synthetic onto real features")
+    drop: float = option(0.5, "knowledge drop: probability that a synthetic image loses its vector", low=0.0, high=1.0)
+    embedding_learning_rate: float = option(0.05, "step size of the alignment vectors", low=0.0)
+    average_embeddings: bool = option(
+        False, "let the server average the alignment vectors; which of them moved tells it what a client lacks"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """Where a client's synthetic images come from."""
+
+    name: str = option(
+        "diffusion", "class-conditional 4-bit diffusion, or real public images in its place", choices=("diffusion", "public-images")
+    )
+    path: str = option("", "directory of a trained generator; empty: the one that comes with the data set")
+    trained_on: str = option("", "data set that the generator was trained on; empty: the federation's own")
+    steps: int = option(6, "denoising steps per image", low=1, high=1000)
+    guidance: float = option(1.0, "classifier-free guidance; 1: none", low=1.0, high=20.0)
+    batch_size: int = option(32, "images generated together", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationConfig:
+    """FedAvg: the mean of the clients' models, weighted by their number of images."""
+
+    weight_by: str = option("balanced", "count the balanced set or the client's real images", choices=("balanced", "real"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """Ours, for every method: the server first trains the initial model on images of the public generator."""
+
+    enabled: bool = option(False, "start from a model trained on synthetic images")
+    num_images: int = option(0, "synthetic images; 0: as many as the clients have real ones together", low=0)
+    epochs: int = option(20, "passes over them", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    seed: int = option(0, "one number from which every random choice follows", low=0)
+    num_server_rounds: int = option(10, "rounds of training", low=1)
+    num_clients: int = option(10, "clients of the federation, spread over the nodes that connect", low=1)
+    fraction_train: float = option(0.5, "share of the clients that train in a round", above=0.0, high=1.0)
+    output_dir: str = option("~/.fbl/runs", "folder of the run directories, on the server")
+    state_dir: str = option("~/.fbl", "folder for image cache and client state, on each client")
+    resume: str = option("", "run directory of a killed run to go on with")
+    checkpoint_every: int = option(5, "rounds between checkpoints; the last round always has one", low=1)
+    timeout: float = option(3600.0, "seconds that the server waits for the clients in a round", above=0.0)
+    num_threads: int = option(1, "torch's threads per client and for the server; part of what makes a run repeatable", low=1)
+    device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One row of the configuration surface."""
+
+    key: str
+    default: Value
+    help: str
+    allowed: str
+
+
+def surface() -> list[Setting]:
+    """List every run-config key with its default, in the order of the tree."""
+    return [
+        Setting(key=key, default=f.default, help=f.metadata["help"], allowed=_allowed(kind, f.metadata))
+        for key, (f, kind) in _leaves(RunConfig).items()
+    ]
+
+
+def parse_config(run_config: Mapping[str, Value]) -> RunConfig:
+    """Turn Flower's flat run config into a validated `RunConfig`; keys left out take their defaults.
+
+    Raises:
+        ConfigError: Lists every unknown key, wrong type and value out of range at once.
+    """
+    leaves = _leaves(RunConfig)
+    problems: list[str] = []
+    values: dict[str, Value] = {}
+    for key, value in run_config.items():
+        if key not in leaves:
+            near = difflib.get_close_matches(key, leaves, n=1)
+            problems.append(f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
+            continue
+        f, kind = leaves[key]
+        try:
+            values[key] = _checked(key, value, kind, f.metadata)
+        except ValueError as problem:
+            problems.append(str(problem))
+    config = _build(RunConfig, values)
+    problems += _conflicts(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def flatten(config: RunConfig) -> dict[str, Value]:
+    """Turn a `RunConfig` back into flat run-config keys; `parse_config(flatten(c)) == c`."""
+    flat: dict[str, Value] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        for f in fields(node):
+            value, key = getattr(node, f.name), prefix + f.name.replace("_", "-")
+            if is_dataclass(value):
+                walk(value, key + ".")
+            else:
+                flat[key] = value
+
+    walk(config, "")
+    return flat
+
+
+def _conflicts(config: RunConfig) -> list[str]:
+    """Name the settings that are fine alone and wrong together."""
+    problems = []
+    d = config.data
+    if d.name == "cifar10" and not d.path:
+        problems.append("data.path: empty; cifar10 needs the path of a parquet file with the columns image, label and split")
+    if d.name != "cifar10" and d.path:
+        problems.append(f"data.path: got {d.path!r}; the data set {d.name!r} comes with a package and takes no path")
+    if d.num_public >= 0 and d.num_validation > d.num_public:
+        problems.append(f"data.num-validation: got {d.num_validation}; it is a part of data.num-public, which is {d.num_public}")
+    if config.balancing.average_embeddings and not config.balancing.alignment:
+        problems.append("balancing.average-embeddings: true, but balancing.alignment is false: there are no vectors to average")
+    return problems
+
+
+def _leaves(cls: type, prefix: str = "") -> dict[str, tuple[Any, type]]:
+    """Map every flat key to its dataclass field and type."""
+    hints = typing.get_type_hints(cls)
+    out: dict[str, tuple[Any, type]] = {}
+    for f in fields(cls):
+        key, kind = prefix + f.name.replace("_", "-"), hints[f.name]
+        if is_dataclass(kind):
+            out |= _leaves(kind, key + ".")
+        else:
+            out[key] = (f, kind)
+    return out
+
+
+def _checked(key: str, value: Any, kind: type, meta: types.MappingProxyType[Any, Any]) -> Value:
+    right_type = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value, right_type = float(value), True
+    in_range = right_type and (kind in (bool, str) or (meta["low"] <= value <= meta["high"] and value > meta["above"]))
+    if right_type and kind is float and not math.isfinite(value):
+        in_range = False
+    if meta["choices"] and value not in meta["choices"]:
+        in_range = False
+    if not (right_type and in_range):
+        raise ValueError(f"{key}: got {value!r} ({type(value).__name__}); allowed: {_allowed(kind, meta)}")
+    return value
+
+
+def _allowed(kind: type, meta: types.MappingProxyType[Any, Any]) -> str:
+    if meta["choices"]:
+        return " | ".join(meta["choices"])
+    if kind is bool:
+        return "true | false"
+    if kind is str:
+        return "text"
+    noun = "whole number" if kind is int else "number"
+    bounds = [f"> {meta['above']:g}"] if meta["above"] > -math.inf else []
+    bounds += [f">= {meta['low']:g}"] if meta["low"] > -math.inf else []
+    bounds += [f"<= {meta['high']:g}"] if meta["high"] < math.inf else []
+    return f"{noun} {' and '.join(bounds)}".strip()
+
+
+def _build(cls: type, values: Mapping[str, Value], prefix: str = "") -> Any:
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for f in fields(cls):
+        key = prefix + f.name.replace("_", "-")
+        if is_dataclass(hints[f.name]):
+            arguments[f.name] = _build(hints[f.name], values, key + ".")
+        else:
+            assert f.default is not MISSING
+            arguments[f.name] = values.get(key, f.default)
+    return cls(**arguments)

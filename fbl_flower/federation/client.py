@@ -1,0 +1,127 @@
+"""The ClientApp: three handlers. What goes wrong is told to the server without a word about the client's data."""
+
+from __future__ import annotations
+
+import functools
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from logging import INFO
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.logger import log
+
+from fbl_flower.balancing.state import StateStore
+from fbl_flower.config import RunConfig, parse_config
+from fbl_flower.errors import FBLError
+from fbl_flower.federation.wire import NodeDescription, Reply, Request, code_fingerprint
+from fbl_flower.training.prepare import ClientData, prepare_client
+from fbl_flower.training.round import run_local_round
+
+app = ClientApp()
+Handler = Callable[[Message, Context], Message]
+
+
+class ClientFailed(Exception):
+    """What the server is told when a client fails."""
+
+
+def state_folder(state_dir: str | Path, run: str, client: int) -> Path:
+    """Return the folder of one client's state for one run."""
+    return Path(state_dir).expanduser() / "clients" / run / f"client-{client:04d}"
+
+
+def _discreet(handler: Handler) -> Handler:
+    """Send only an error's public text to the server; the whole of it goes to a file on the client."""
+
+    @functools.wraps(handler)
+    def guarded(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except Exception as error:
+            folder = _state_dir(context)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with (folder / "client-errors.log").open("a") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {traceback.format_exc()}\n")
+            except OSError:
+                pass  # a full or read-only disk must not hide the reason from the server
+            where = f"; the client's {folder / 'client-errors.log'} has the details"
+            reason = error.public if isinstance(error, FBLError) else f"{type(error).__name__}"
+        raise ClientFailed(reason + where)  # outside the handler: no chained traceback reaches the server's log
+
+    return guarded
+
+
+@app.query("describe")
+@_discreet
+def describe(message: Message, context: Context) -> Message:
+    """Say which partition this node is, and which code it runs."""
+    node = context.node_config
+    description = NodeDescription(
+        partition_id=int(str(node.get("partition-id", 0))),
+        num_partitions=int(str(node.get("num-partitions", 1))),
+        code=code_fingerprint(),
+    )
+    return Message(description.to_record(), reply_to=message)
+
+
+@app.train("prepare")
+@_discreet
+def prepare(message: Message, context: Context) -> Message:
+    """Get one client's data ready: what is already on its disk is not generated again."""
+    config, request = _config(context), Request.from_record(message.content)
+    _client_data(config, request.client, _state_dir(context))
+    return Message(RecordDict(), reply_to=message)
+
+
+@app.train()
+@_discreet
+def train(message: Message, context: Context) -> Message:
+    """Run one client's round."""
+    started = time.perf_counter()
+    config, request = _config(context), Request.from_record(message.content)
+    data = _client_data(config, request.client, _state_dir(context))  # prepared at first contact, if it was not before
+    store = StateStore(state_folder(_state_dir(context), request.run, request.client))
+    state = store.load(before_round=request.server_round)
+    if state is not None and request.embeddings is not None:
+        state = replace(state, embeddings=torch.from_numpy(request.embeddings))
+    result = run_local_round(request.arrays, data, state, config=config, server_round=request.server_round)
+    if result.state is not None:
+        store.save(result.state, server_round=request.server_round, checkpoint_round=request.checkpoint_round)
+    shares = config.balancing.average_embeddings and result.state is not None
+    reply = Reply(
+        arrays=result.arrays,
+        num_examples=result.num_examples,
+        num_real=result.num_real,
+        loss=result.training.loss if result.training else 0.0,
+        seconds=time.perf_counter() - started,
+        embeddings=result.state.embeddings.numpy() if shares and result.state is not None else None,
+    )
+    return Message(reply.to_record(), reply_to=message)
+
+
+def _config(context: Context) -> RunConfig:
+    config = parse_config(context.run_config)
+    if torch.get_num_threads() != config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    return config
+
+
+def _state_dir(context: Context) -> Path:
+    """Return the node's folder for cache and state: its own setting, else the run's."""
+    return Path(str(context.node_config.get("state-dir", context.run_config.get("state-dir", "~/.fbl")))).expanduser()
+
+
+@functools.lru_cache(maxsize=128)
+def _client_data(config: RunConfig, client: int, state_dir: Path) -> ClientData:
+    """Prepare a client, once per process and configuration."""
+
+    def progress(done: int, total: int) -> None:
+        log(INFO, "client %d: %d of %d synthetic images generated", client, done, total)
+
+    return prepare_client(config, client, cache_folder=state_dir / "cache", progress=progress)

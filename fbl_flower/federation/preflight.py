@@ -1,0 +1,33 @@
+"""Everything that can be found wrong before a client is asked for anything."""
+
+from __future__ import annotations
+
+from fbl_flower.config import RunConfig
+from fbl_flower.data.datasets import load_parts
+from fbl_flower.data.partition import partition
+from fbl_flower.errors import ConfigError, GeneratorError
+from fbl_flower.generation.loading import check_generator
+from fbl_flower.training.device import pick_device
+
+
+def preflight(config: RunConfig) -> None:
+    """Load the data, cut it, and check the generator and the device, without training or generating anything.
+
+    Raises:
+        DataError: A file is missing or damaged.
+        ConfigError: Settings that do not fit the data or the machine.
+        GeneratorError: The generator is missing, damaged, or made for other images.
+    """
+    parts = load_parts(config.data)
+    problems: list[str] = []
+    for check in (lambda: partition(parts.private.labels.numpy(), config), lambda: pick_device(config)):
+        try:
+            check()
+        except ConfigError as error:
+            problems += error.problems
+    needed = (config.balancing.enabled and config.balancing.filling) or config.warm_start.enabled
+    generator_problems = check_generator(config, parts) if needed else []
+    if problems:
+        raise ConfigError(problems + generator_problems)
+    if generator_problems:
+        raise GeneratorError("\n".join(generator_problems))

@@ -1,0 +1,98 @@
+"""The pictures of a finished run. Those that show clients' data are for simulation, where it is all on one machine anyway."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fbl_flower.balancing.state import BalancingState, StateStore
+from fbl_flower.config import RunConfig
+from fbl_flower.data.datasets import DataParts, load_parts
+from fbl_flower.data.examples import Examples, concatenate
+from fbl_flower.federation.client import state_folder
+from fbl_flower.params import Arrays
+from fbl_flower.reporting.alignment_picture import alignment_picture
+from fbl_flower.reporting.pictures import accuracy_curve, class_counts, gallery
+from fbl_flower.reporting.rundir import RunDirectory
+from fbl_flower.training.device import pick_device
+from fbl_flower.training.evaluation import predict
+from fbl_flower.training.prepare import ClientData, prepare_client
+from fbl_flower.training.round import load_classifier
+
+_MOST_IMAGES = 2000  # real, and as many synthetic ones, behind the alignment picture
+
+
+def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays) -> None:
+    """Draw the accuracy curve and, where the clients' state is on this machine, what balancing did to their data.
+
+    Args:
+        run: The finished run.
+        config: Its configuration.
+        arrays: The final model.
+    """
+    accuracy_curve(run.read_rows("metrics.jsonl"), run.path / "accuracy.png")
+    state_dir = Path(config.state_dir).expanduser()
+    if not state_folder(state_dir, run.identity, 0).parent.is_dir():
+        return
+    parts = load_parts(config.data)
+    names = parts.info.class_names
+    clients = [prepare_client(config, k, cache_folder=state_dir / "cache") for k in range(config.num_clients)]
+    states = [StateStore(state_folder(state_dir, run.identity, k)).newest() for k in range(config.num_clients)]
+    filled = np.stack([c.fill.counts(len(names)).numpy() for c in clients])
+    before = np.stack([c.real.counts(len(names)).numpy() for c in clients])
+    kept = np.stack([c.plan.keep if c.plan else b for c, b in zip(clients, before, strict=True)])
+    class_counts(before, kept, filled, names, run.path / "class_counts.png")
+    synthetic = concatenate(*(c.fill for c in clients))
+    if len(synthetic) == 0:
+        return
+    gallery(parts.private, synthetic, names, run.path / "gallery.png")
+    if config.balancing.alignment:
+        _write_alignment(run, config, parts, arrays, clients, states)
+
+
+def _write_alignment(
+    run: RunDirectory,
+    config: RunConfig,
+    parts: DataParts,
+    arrays: Arrays,
+    clients: list[ClientData],
+    states: list[BalancingState | None],
+) -> None:
+    """Compare features of real and synthetic images under the final global model; each synthetic image has its own client's P."""
+    info, device = parts.info, pick_device(config)
+    model = load_classifier(arrays, config, channels=info.channels, num_classes=info.num_classes, device=device)
+    pairs = [(c.fill, s) for c, s in zip(clients, states, strict=True) if s is not None and len(c.fill)]
+    if not pairs:
+        return
+    synthetic = concatenate(*(examples for examples, _ in pairs))
+    offsets = torch.cat([s.embeddings[examples.labels] for examples, s in pairs])
+    chosen = torch.linspace(0, len(synthetic) - 1, min(len(synthetic), _MOST_IMAGES)).long()
+    synthetic, offsets = synthetic.take(chosen), offsets[chosen]
+    real = parts.private.take(torch.arange(min(len(parts.private), _MOST_IMAGES)))
+
+    def features(examples: Examples) -> np.ndarray:
+        return predict(model, examples.images.to(device), precision=config.train.precision)[0].cpu().numpy()
+
+    rows = alignment_picture(
+        features(real), real.labels.numpy(), features(synthetic), synthetic.labels.numpy(), offsets.numpy(),
+        info.class_names, run.path / "alignment.png",
+    )  # fmt: skip
+    run.write_json(
+        "alignment.json",
+        {
+            "classes": [asdict(row) for row in rows],
+            "clients": [
+                {
+                    "client": c.client,
+                    "norm_of_P": s.embeddings.norm(dim=1).tolist(),
+                    "synthetic_accuracy_without_P": s.synthetic_accuracy,
+                    "synthetic_accuracy_with_P": s.aligned_accuracy,
+                }
+                for c, s in zip(clients, states, strict=True)
+                if s is not None
+            ],
+        },
+    )

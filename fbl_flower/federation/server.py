@@ -1,0 +1,251 @@
+"""The ServerApp: prepare the clients, then rounds of FedAvg, with every client that fails named.
+
+The loop is ours and not a `flwr` Strategy's, because it has a phase before round 1, goes on from a checkpoint, chooses clients by number
+and sums replies in a fixed order; the messages and the nodes are Flower's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from logging import INFO, WARNING
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+
+from fbl_flower.config import RunConfig, parse_config
+from fbl_flower.data.datasets import DataParts, load_parts
+from fbl_flower.errors import FBLError, RunFailed
+from fbl_flower.federation.exchange import ask
+from fbl_flower.federation.preflight import preflight
+from fbl_flower.federation.roster import Roster, call_roll
+from fbl_flower.federation.wire import PREPARE, TRAIN, Reply, Request
+from fbl_flower.models import new_classifier
+from fbl_flower.params import Arrays, all_finite, to_arrays, weighted_mean
+from fbl_flower.federation.report import write_report
+from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
+from fbl_flower.seeding import numpy_stream
+from fbl_flower.training.central import warm_start_model
+from fbl_flower.training.device import pick_device
+from fbl_flower.training.evaluation import Evaluation, evaluate
+from fbl_flower.training.round import load_classifier
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that `context.run_config` describes."""
+    try:
+        config = parse_config(context.run_config)
+        preflight(config)
+        torch.set_num_threads(config.num_threads)
+        run, start = RunDirectory.reopen(config) if config.resume else (RunDirectory.create(config), None)
+    except FBLError as error:
+        log(WARNING, "The run cannot start. %s", error)
+        raise
+    context.state["run"] = ConfigRecord({"directory": str(run.path)})
+    log(INFO, "Run directory: %s", run.path)
+    try:
+        _Federation(grid, config, run).run(start)
+    except BaseException as error:
+        reason = str(error) or type(error).__name__
+        run.write_json("summary.json", {"status": "failed", "reason": reason})
+        log(WARNING, "The run failed: %s", reason)
+        log(WARNING, "Run directory: %s", run.path)
+        raise
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Round:
+    """What the clients' part of a round came to."""
+
+    replies: dict[int, Reply]
+    failures: dict[int, str]
+    seconds: float
+
+
+class _Federation:
+    """One run on one grid."""
+
+    def __init__(self, grid: Grid, config: RunConfig, run: RunDirectory) -> None:
+        self.grid, self.config, self.run_dir = grid, config, run
+        self.parts: DataParts = load_parts(config.data)
+        self.device = pick_device(config)
+
+    def run(self, start: Checkpoint | None) -> None:
+        config = self.config
+        started = time.perf_counter()
+        if config.balancing.enabled and config.balancing.average_embeddings:
+            log(WARNING, "balancing.average-embeddings: vectors that moved tell the server which classes a client fills")
+        roster = call_roll(self.grid, num_clients=config.num_clients, timeout=config.timeout)
+        unprepared = self._prepare(roster)
+        prepare_seconds = time.perf_counter() - started
+        point = start or self._first_point()
+        for server_round in range(point.server_round + 1, config.num_server_rounds + 1):
+            checkpoint_round = (server_round - 1) // config.checkpoint_every * config.checkpoint_every
+            if start is not None:
+                checkpoint_round = max(checkpoint_round, start.server_round)
+            result = self._train(roster, point, server_round, checkpoint_round)
+            point = self._aggregate(result, point, server_round)
+            self._record(result, point)
+            if server_round % config.checkpoint_every == 0 or server_round == config.num_server_rounds:
+                self.run_dir.write_checkpoint(point)
+        self._finish(point, unprepared, prepare_seconds, time.perf_counter() - started)
+
+    def _prepare(self, roster: Roster) -> dict[int, str]:
+        """Ask every client to get its data ready; return the reasons of those that could not."""
+        if not self.config.balancing.enabled:
+            return {}
+        log(INFO, "Preparing %d clients: plan, and generate what is missing", len(roster.node_of))
+        requests = {
+            client: (node, Request(run=self.run_dir.identity, client=client, arrays={}).to_record())
+            for client, node in roster.node_of.items()
+        }
+        answers = ask(
+            self.grid,
+            requests,
+            PREPARE,
+            timeout=self.config.timeout,
+            progress=lambda done, total: log(INFO, "Prepared %d of %d clients", done, total),
+        )
+        for client, reason in answers.failures.items():
+            log(WARNING, "Client %d is not prepared: %s", client, reason)
+        if not answers.contents:
+            raise RunFailed("no client could be prepared: " + _reasons(answers.failures))
+        return answers.failures
+
+    def _first_point(self) -> Checkpoint:
+        """Make the initial model, and record how good it is as round 0."""
+        config, info = self.config, self.parts.info
+        if config.warm_start.enabled:
+            log(INFO, "Warm start: training the initial model on synthetic images")
+            model = warm_start_model(config)
+        else:
+            model = new_classifier(config.model, channels=info.channels, num_classes=info.num_classes, seed=config.seed)
+        embeddings = None
+        if config.balancing.enabled and config.balancing.average_embeddings:
+            embeddings = np.zeros((info.num_classes, model.width), dtype=np.float32)
+        point = Checkpoint(server_round=0, arrays=to_arrays(model.state_dict()), embeddings=embeddings)
+        self._record(_Round(replies={}, failures={}, seconds=0.0), point)
+        self.run_dir.write_checkpoint(point)
+        return point
+
+    def _train(self, roster: Roster, point: Checkpoint, server_round: int, checkpoint_round: int) -> _Round:
+        started = time.perf_counter()
+        chosen = choose_clients(self.config, sorted(roster.node_of), server_round)
+        requests: dict[int, tuple[int, RecordDict]] = {}
+        for client in chosen:
+            request = Request(
+                run=self.run_dir.identity,
+                client=client,
+                server_round=server_round,
+                checkpoint_round=checkpoint_round,
+                arrays=point.arrays,
+                embeddings=point.embeddings,
+            )
+            requests[client] = (roster.node_of[client], request.to_record())
+        answers = ask(self.grid, requests, TRAIN, timeout=self.config.timeout)
+        failures = dict(answers.failures)
+        replies: dict[int, Reply] = {}
+        for client, content in answers.contents.items():
+            reply = Reply.from_record(content)
+            if all_finite(reply.arrays) and math.isfinite(reply.loss):
+                replies[client] = reply
+            else:
+                failures[client] = "its model or its loss is not finite"
+        for client, reason in sorted(failures.items()):
+            log(WARNING, "Round %d: client %d is left out: %s", server_round, client, reason)
+        if not replies:
+            raise RunFailed(f"round {server_round}: no client succeeded: " + _reasons(failures))
+        return _Round(replies=replies, failures=dict(sorted(failures.items())), seconds=time.perf_counter() - started)
+
+    def _aggregate(self, result: _Round, point: Checkpoint, server_round: int) -> Checkpoint:
+        """FedAvg: the mean of the clients' models, weighted by number of images. Clients without images weigh nothing."""
+        by_real = self.config.aggregation.weight_by == "real"
+        replies = list(result.replies.values())
+        weights = [float(r.num_real if by_real else r.num_examples) for r in replies]
+        if sum(weights) == 0:  # only clients without images: nothing was learned
+            return Checkpoint(server_round=server_round, arrays=point.arrays, embeddings=point.embeddings)
+        embeddings = point.embeddings
+        shared = [(r.embeddings, w) for r, w in zip(replies, weights, strict=True) if r.embeddings is not None and w > 0]
+        if embeddings is not None and shared:
+            embeddings = weighted_mean([{"P": e} for e, _ in shared], [w for _, w in shared])["P"]
+        arrays = weighted_mean([r.arrays for r in replies], weights)
+        return Checkpoint(server_round=server_round, arrays=arrays, embeddings=embeddings)
+
+    def _record(self, result: _Round, point: Checkpoint) -> None:
+        """Evaluate on the whole test set, and write one line of metrics and one of timings."""
+        started = time.perf_counter()
+        evaluation = self._evaluate(point.arrays)
+        replies = result.replies.values()
+        num_examples = sum(r.num_examples for r in replies)
+        row: dict[str, Any] = {"round": point.server_round, "accuracy": evaluation.accuracy, "loss": evaluation.loss}
+        line = f"Round {point.server_round}/{self.config.num_server_rounds}: accuracy {100 * evaluation.accuracy:.2f} %"
+        if replies:
+            row |= {
+                "train_loss": sum(r.loss * r.num_examples for r in replies) / max(num_examples, 1),
+                "num_examples": num_examples,
+                "num_real": sum(r.num_real for r in replies),
+                "clients": list(result.replies),
+                "left_out": {str(client): reason for client, reason in result.failures.items()},
+            }
+            line += f", training loss {row['train_loss']:.3f}, {len(replies)} clients, {result.seconds:.1f} s"
+        self.run_dir.append("metrics.jsonl", row)
+        self.run_dir.append(
+            "timings.jsonl",
+            {
+                "round": point.server_round,
+                "clients_seconds": result.seconds,
+                "evaluate_seconds": time.perf_counter() - started,
+                "client_seconds": {str(client): reply.seconds for client, reply in result.replies.items()},
+            },
+        )
+        log(INFO, "%s", line)
+
+    def _evaluate(self, arrays: Arrays) -> Evaluation:
+        info = self.parts.info
+        model = load_classifier(
+            arrays, self.config, channels=info.channels, num_classes=info.num_classes, device=self.device
+        )
+        test = self.parts.test.to(self.device)
+        return evaluate(model, test, precision=self.config.train.precision)
+
+    def _finish(self, point: Checkpoint, unprepared: dict[int, str], prepare_seconds: float, seconds: float) -> None:
+        self.run_dir.write_model(point.arrays)
+        rows = self.run_dir.read_rows("metrics.jsonl")
+        left_out = {str(row["round"]): row["left_out"] for row in rows if row.get("left_out")}
+        self.run_dir.write_json(
+            "summary.json",
+            {
+                "status": "completed",
+                "rounds": point.server_round,
+                "final_accuracy": rows[-1]["accuracy"],
+                "final_loss": rows[-1]["loss"],
+                "not_prepared": {str(client): reason for client, reason in unprepared.items()},
+                "left_out": left_out,
+                "seconds_to_prepare": prepare_seconds,
+                "seconds": seconds,
+            },
+        )
+        write_report(self.run_dir, self.config, point.arrays)
+        log(INFO, "Final accuracy on %d test images: %.2f %%", len(self.parts.test), 100 * rows[-1]["accuracy"])
+        if left_out or unprepared:
+            log(WARNING, "Clients failed in this run; summary.json names them")
+        log(INFO, "Run directory: %s", self.run_dir.path)
+
+
+def choose_clients(config: RunConfig, clients: list[int], server_round: int) -> list[int]:
+    """Choose the clients of a round: ceil(fraction-train * all) of them, uniformly, from the run's seed alone."""
+    number = math.ceil(config.fraction_train * len(clients))
+    rng = numpy_stream(config.seed, "clients", server_round)
+    return sorted(rng.choice(np.array(clients), size=number, replace=False).tolist())
+
+
+def _reasons(failures: dict[int, str]) -> str:
+    return "; ".join(f"client {client}: {reason}" for client, reason in sorted(failures.items())) or "nobody answered"

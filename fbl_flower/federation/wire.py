@@ -1,0 +1,161 @@
+"""What travels between server and clients, and nothing else. Class counts have no field here.
+
+Three kinds of message: `query.describe` (who is there), `train.prepare` (get the data ready), `train` (one round).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fbl_flower.params import Arrays
+
+DESCRIBE, PREPARE, TRAIN = "query.describe", "train.prepare", "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeDescription:
+    """A node's answer to `query.describe`; nothing in it depends on the data.
+
+    Attributes:
+        partition_id, num_partitions: The node's place among the nodes.
+        code: Fingerprint of the code that the node runs (`code_fingerprint`).
+    """
+
+    partition_id: int
+    num_partitions: int
+    code: str
+
+    def to_record(self) -> RecordDict:
+        fields: dict[str, int | str] = {
+            "partition-id": self.partition_id, "num-partitions": self.num_partitions, "code": self.code,
+        }  # fmt: skip
+        return RecordDict({"node": ConfigRecord(dict(fields))})
+
+    @classmethod
+    def from_record(cls, content: RecordDict) -> NodeDescription:
+        node = content.config_records["node"]
+        return cls(
+            partition_id=int(str(node["partition-id"])),
+            num_partitions=int(str(node["num-partitions"])),
+            code=str(node["code"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the server asks of one client.
+
+    Attributes:
+        run: Identity of the run, the same after a resume; names the client's state.
+        client: Number of the client (a node may host several).
+        server_round: From 1; 0 while preparing.
+        checkpoint_round: Round of the server's last checkpoint.
+        arrays: The global model; empty while preparing.
+        embeddings: float [C, D], averaged alignment vectors, where that setting is on; else None.
+    """
+
+    run: str
+    client: int
+    server_round: int = 0
+    checkpoint_round: int = 0
+    arrays: Mapping[str, np.ndarray]
+    embeddings: np.ndarray | None = None
+
+    def to_record(self) -> RecordDict:
+        numbers: dict[str, int | str] = {
+            "run": self.run, "client": self.client, "server-round": self.server_round,
+            "checkpoint-round": self.checkpoint_round,
+        }  # fmt: skip
+        content = RecordDict({"request": ConfigRecord(dict(numbers)), "arrays": array_record(self.arrays)})
+        if self.embeddings is not None:
+            content["embeddings"] = array_record({"P": self.embeddings})
+        return content
+
+    @classmethod
+    def from_record(cls, content: RecordDict) -> Request:
+        numbers = content.config_records["request"]
+        return cls(
+            run=str(numbers["run"]),
+            client=int(str(numbers["client"])),
+            server_round=int(str(numbers["server-round"])),
+            checkpoint_round=int(str(numbers["checkpoint-round"])),
+            arrays=named_arrays(content.array_records["arrays"]),
+            embeddings=_embeddings(content),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A client's answer to a round.
+
+    Attributes:
+        arrays: The client's model.
+        num_examples: Size of the set that it trained on.
+        num_real: Its real images.
+        loss: Mean training loss; 0 for a client without images.
+        seconds: Time that the client took.
+        embeddings: The client's alignment vectors, only where averaging them is on.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    num_examples: int
+    num_real: int
+    loss: float
+    seconds: float
+    embeddings: np.ndarray | None = None
+
+    def to_record(self) -> RecordDict:
+        metrics: dict[str, int | float] = {
+            "num-examples": self.num_examples, "num-real": self.num_real, "train-loss": self.loss, "seconds": self.seconds,
+        }  # fmt: skip
+        content = RecordDict({"arrays": array_record(self.arrays), "metrics": MetricRecord(dict(metrics))})
+        if self.embeddings is not None:
+            content["embeddings"] = array_record({"P": self.embeddings})
+        return content
+
+    @classmethod
+    def from_record(cls, content: RecordDict) -> Reply:
+        metrics = content.metric_records["metrics"]
+        return cls(
+            arrays=named_arrays(content.array_records["arrays"]),
+            num_examples=int(str(metrics["num-examples"])),
+            num_real=int(str(metrics["num-real"])),
+            loss=float(str(metrics["train-loss"])),
+            seconds=float(str(metrics["seconds"])),
+            embeddings=_embeddings(content),
+        )
+
+
+def array_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Pack named arrays."""
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+
+def named_arrays(record: ArrayRecord) -> Arrays:
+    """Unpack named arrays, each in its own dtype."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """Return a hash of this package's source code.
+
+    Flower's simulation can run clients from other files than the server's: Ray imports from the folder in which the background
+    SuperLink was first started. The server compares fingerprints and refuses such a federation.
+    """
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _embeddings(content: RecordDict) -> np.ndarray | None:
+    return named_arrays(content.array_records["embeddings"])["P"] if "embeddings" in content else None

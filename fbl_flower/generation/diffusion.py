@@ -1,0 +1,119 @@
+"""The class-conditional generator: noise, a few steps of a flow along the network's velocity, an image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.network import build_network, patch_of, read_network_config
+from fbl_flower.generation.protocol import check_request
+from fbl_flower.generation.quantization import dequantize_, load_quantized
+from fbl_flower.generation.recipe import GeneratorInfo, check_files, read_info
+
+# second order and multistep: four to eight evaluations of the network suffice (Lu et al., arXiv 2211.01095)
+_SCHEDULER: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+
+
+class DiffusionGenerator:
+    """Made by `DiffusionGenerator.load`.
+
+    The network always runs on whole batches, because the shape of a batch changes the rounding of its images: a short
+    last batch is filled up, and what was filled in is thrown away.
+
+    Attributes:
+        info: The contents of the folder's `recipe.json`.
+        fingerprint, batch_size: As `ImageGenerator` has them.
+    """
+
+    def __init__(
+        self, network: nn.Module, info: GeneratorInfo, *, steps: int, guidance: float, batch_size: int, device: str
+    ) -> None:
+        self.info = info
+        self.batch_size = batch_size
+        self._network = network
+        self._steps = steps
+        self._guidance = guidance
+        self._device = torch.device(device)
+        self._patch = patch_of(info.image_size)
+        decisive = {
+            "files": dict(sorted(info.files.items())),
+            "scheduler": ["DPMSolverMultistep", _SCHEDULER],
+            "steps": steps,
+            "guidance": float(guidance),
+            "batch_size": batch_size,
+            "device": self._device.type,
+        }
+        self.fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, folder: Path, *, steps: int, guidance: float, batch_size: int, device: str = "cpu") -> DiffusionGenerator:
+        """Load a generator's folder, with every file's sum verified.
+
+        Args:
+            folder: As `train_generator` writes it.
+            steps: Evaluations of the network per image, >= 1.
+            guidance: Of classifier-free guidance, >= 1; above 1 costs a second evaluation per step, makes images more
+                typical of their class and less diverse.
+            batch_size: Images made together, >= 1.
+            device: Where the network runs.
+
+        Raises:
+            GeneratorError: A file is missing, damaged or foreign.
+        """
+        if steps < 1 or guidance < 1 or batch_size < 1:
+            raise GeneratorError(
+                f"generator.steps, generator.guidance, generator.batch-size: got {steps}, {guidance}, {batch_size}; "
+                "wanted 1 or more of each"
+            )
+        info = read_info(folder)
+        if problems := check_files(folder, info):
+            raise GeneratorError("; ".join(problems))
+        config = read_network_config(folder)
+        network = load_quantized(lambda: build_network(config), folder, device=device)
+        return cls(dequantize_(network), info, steps=steps, guidance=guidance, batch_size=batch_size, device=device)
+
+    def generate(self, labels: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+        """Return uint8 [M, C, H, W] on the CPU; see `ImageGenerator.generate`."""
+        check_request(labels, seeds, num_classes=self.info.num_classes)
+        size, num = self.info.image_size, len(labels)
+        images = torch.empty(num, self.info.channels, size, size, dtype=torch.uint8)
+        for start in range(0, num, self.batch_size):
+            chunk = slice(start, start + self.batch_size)
+            padding = self.batch_size - len(labels[chunk])
+            batch = self._batch([*labels[chunk], *[0] * padding], [*seeds[chunk], *[0] * padding])
+            images[chunk] = batch[: self.batch_size - padding]
+        return images
+
+    @torch.no_grad()  # not inference_mode, which quanto's tensors refuse
+    def _batch(self, labels: list[int], seeds: list[int]) -> torch.Tensor:
+        """Make exactly `batch_size` images."""
+        from diffusers import DPMSolverMultistepScheduler
+
+        side = self.info.image_size // self._patch
+        shape = (self.info.channels * self._patch**2, side, side)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        x = torch.stack(noise).to(self._device)
+        classes = torch.tensor(labels, device=self._device)
+        scheduler = DPMSolverMultistepScheduler(**_SCHEDULER)
+        scheduler.set_timesteps(self._steps, device=self._device)
+        for t in scheduler.timesteps:
+            x = scheduler.step(self._velocity(x, t.expand(len(x)).float(), classes), t, x, return_dict=False)[0]
+        pixels = F.pixel_shuffle(x, self._patch).clamp(-1, 1)
+        return ((pixels + 1) * 127.5).round().to(torch.uint8).cpu()
+
+    def _velocity(self, x: torch.Tensor, t: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """Return v_none + guidance (v_class - v_none) (Ho and Salimans, arXiv 2207.12598); guidance 1 is v_class."""
+        if self._guidance == 1:
+            return self._network(x, t, class_labels=classes).sample
+        none = torch.full_like(classes, self.info.num_classes)
+        both = self._network(torch.cat([x, x]), torch.cat([t, t]), class_labels=torch.cat([classes, none])).sample
+        v_class, v_none = both.chunk(2)
+        return v_none + self._guidance * (v_class - v_none)

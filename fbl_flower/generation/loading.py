@@ -1,0 +1,103 @@
+"""From the configuration to a generator, and every way in which the two may not fit."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+
+from fbl_flower.config import RunConfig
+from fbl_flower.data.datasets import DataParts
+from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.protocol import ImageGenerator
+from fbl_flower.generation.public import PublicImages
+from fbl_flower.generation.recipe import RECIPE, check_files, read_info
+
+
+def bundled_generator(data_name: str, image_size: int) -> Path:
+    """Return the folder where the package has its generator for a data set, whether there is one or not.
+
+    Args:
+        data_name: The data set whose public images trained it.
+        image_size: Height and width of its images, in pixels.
+    """
+    return Path(str(importlib.resources.files("fbl_generators"))) / f"{data_name}-{image_size}px"
+
+
+def generator_folder(config: RunConfig, parts: DataParts) -> Path:
+    """Return the folder that `config` asks for: its own path, or the bundled one for these images."""
+    if config.generator.path:
+        return Path(config.generator.path).expanduser()
+    return bundled_generator(_trained_on(config), parts.image_size)
+
+
+def check_generator(config: RunConfig, parts: DataParts) -> list[str]:
+    """Say what keeps `load_generator` from working, one sentence for each problem; cheap, and loads no network.
+
+    Args:
+        config: Its `generator` and `data.name`.
+        parts: The images that the generator must fit.
+    """
+    if config.generator.name == "public-images":
+        counts = parts.public.counts(parts.info.num_classes).tolist()
+        lacking = [name for name, count in zip(parts.info.class_names, counts, strict=True) if not count]
+        return [f"public-images: no public image of {', '.join(lacking)}; use more (data.num-public)"] if lacking else []
+    folder = generator_folder(config, parts)
+    if not config.generator.path and not folder.is_dir():
+        names = sorted(path.name for path in folder.parent.iterdir() if (path / RECIPE).is_file())
+        problem = (
+            f"generator.path: empty, and no generator comes with the package for {folder.name} (it has {', '.join(names) or 'none'}); "
+            'train one and give its folder, or set generator.name = "public-images"'
+        )
+        return [problem]
+    try:
+        info = read_info(folder)
+    except GeneratorError as error:
+        return [str(error)]
+    problems = check_files(folder, info)
+    wanted, size = _trained_on(config), parts.image_size
+    if info.data_name != wanted:
+        problems.append(
+            f"generator.trained-on: {folder} was trained on {info.data_name}; wanted {wanted}; "
+            "correct generator.path, or name the other data set in generator.trained-on"
+        )
+    if (info.channels, info.image_size) != (parts.info.channels, size):
+        problems.append(
+            f"generator.path: {folder} makes images of {info.channels} x {info.image_size} x {info.image_size} (channels, height, "
+            f"width); the data set has {parts.info.channels} x {size} x {size}; correct data.image-size, or train one for this size"
+        )
+    if info.num_classes != parts.info.num_classes:
+        problems.append(
+            f"generator.path: {folder} knows {info.num_classes} classes; the data set has {parts.info.num_classes}; train one for it"
+        )
+    if wanted == info.data_name == parts.info.name and info.public_sha256 != parts.public_sha256:
+        problems.append(
+            f"generator.path: {folder} was trained on another public part of {wanted} than this configuration cuts, and may have seen "
+            "test images; set data.num-test, data.num-public and data.num-validation to what it was trained with, or train one anew"
+        )
+    return problems
+
+
+def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
+    """Load the generator that `config` asks for.
+
+    Args:
+        config: Its `generator` and `data.name`.
+        parts: The images that the generator must fit.
+
+    Raises:
+        GeneratorError: Everything that `check_generator` finds, or weights that do not fit their network.
+    """
+    if problems := check_generator(config, parts):
+        raise GeneratorError("\n".join(problems))
+    chosen = config.generator
+    if chosen.name == "public-images":
+        return PublicImages(parts, batch_size=chosen.batch_size)
+    from fbl_flower.generation.diffusion import DiffusionGenerator
+
+    return DiffusionGenerator.load(
+        generator_folder(config, parts), steps=chosen.steps, guidance=chosen.guidance, batch_size=chosen.batch_size
+    )
+
+
+def _trained_on(config: RunConfig) -> str:
+    return config.generator.trained_on or config.data.name

@@ -1,0 +1,209 @@
+"""How good a generator is: is it faithful, is it diverse, and does it copy its training images?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol
+
+import torch
+
+from fbl_flower.data.datasets import DataParts
+from fbl_flower.data.examples import Examples, concatenate
+from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.protocol import ImageGenerator
+from fbl_flower.seeding import derive
+
+_COPY_RATIO = 0.7  # an image so much nearer to one training image than to the next one is suspected of being its copy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A trained classifier.
+
+    Attributes:
+        predict: From uint8 [N, C, H, W] to logits, float [N, K].
+        features: From uint8 [N, C, H, W] to what the last layer sees, float [N, D].
+    """
+
+    predict: Callable[[torch.Tensor], torch.Tensor]
+    features: Callable[[torch.Tensor], torch.Tensor]
+
+
+class TrainClassifier(Protocol):
+    """Trains a classifier on examples; the seed decides its first weights and the order of the images."""
+
+    def __call__(self, examples: Examples, seed: int) -> Classifier: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedQuality:
+    """The measures under one seed; distances are L2 over pixels in 0 .. 1.
+
+    Attributes:
+        seed: Of the images and of the classifiers.
+        synthetic_accuracy: On real images, of a classifier trained on synthetic images only; a share.
+        public_accuracy: The same of one trained on as many public images.
+        agreement: Share of the synthetic images that a classifier trained on real images gives their label.
+        diversity: Mean distance of features between two synthetic images of a class, by the same of real images.
+        nearest: Mean distance of a synthetic image to the nearest public training image.
+        nearest_min: The smallest.
+        copies: Share of the images whose nearest training image is at less than 0.7 of the distance of the second.
+        images_per_second: Of the generator, by the clock on the wall.
+    """
+
+    seed: int
+    synthetic_accuracy: float
+    public_accuracy: float
+    agreement: float
+    diversity: float
+    nearest: float
+    nearest_min: float
+    copies: float
+    images_per_second: float
+
+    @property
+    def ratio(self) -> float:
+        """Synthetic by public accuracy."""
+        return self.synthetic_accuracy / self.public_accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest:
+    """Distances of some images to their nearest training image; `SeedQuality` explains the three."""
+
+    mean: float
+    smallest: float
+    copies: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What `measure_quality` returns.
+
+    Attributes:
+        per_seed: The measures, one for each seed.
+        num_images: Synthetic images under each seed.
+        evaluated_on: The part whose real images judged.
+        real: Distances of those real images to the public training images: what no copying looks like.
+        num_bytes: The generator on disk; None where it was not asked for.
+    """
+
+    per_seed: tuple[SeedQuality, ...]
+    num_images: int
+    evaluated_on: str
+    real: Nearest
+    num_bytes: int | None
+
+    def mean(self, measure: str) -> float:
+        """Return the mean of an attribute of `SeedQuality` over the seeds."""
+        return sum(getattr(one, measure) for one in self.per_seed) / len(self.per_seed)
+
+    def as_markdown(self) -> str:
+        """Return a table with a row for each measure: mean, one column per seed, real images for comparison."""
+        reference = {"nearest": self.real.mean, "nearest_min": self.real.smallest, "copies": self.real.copies, "diversity": 1.0}
+        measures = ["ratio", *(f.name for f in fields(SeedQuality) if f.name != "seed")]
+        seeds = [f"seed {one.seed}" for one in self.per_seed]
+        rows = [
+            "| " + " | ".join([f"{self.num_images} images, against {self.evaluated_on}", "mean", *seeds, "real"]) + " |",
+            "|" + "---|" * (len(seeds) + 3),
+        ]
+        for name in measures:
+            numbers = [self.mean(name), *(getattr(one, name) for one in self.per_seed)]
+            cells = [f"{number:.3f}" for number in numbers] + [f"{reference[name]:.3f}" if name in reference else ""]
+            rows.append("| " + " | ".join([name.replace("_", " "), *cells]) + " |")
+        if self.num_bytes is not None:
+            rows.append("| " + " | ".join(["bytes on disk", str(self.num_bytes), *[""] * (len(seeds) + 1)]) + " |")
+        return "\n".join(rows)
+
+
+def measure_quality(
+    generator: ImageGenerator,
+    parts: DataParts,
+    *,
+    train_classifier: TrainClassifier,
+    seeds: Sequence[int] = (0, 1, 2),
+    evaluate_on: Literal["test", "validation"] = "test",
+    num_bytes: int | None = None,
+) -> Quality:
+    """Measure a generator with as many images, of the same classes, as there are public training images.
+
+    Args:
+        generator: Whose images to judge.
+        parts: Its public images trained the generator, and train the classifier to compare with.
+        train_classifier: Trains the same network whatever the examples.
+        seeds: One set of images and of classifiers for each.
+        evaluate_on: The part of the real images that judges; settings are chosen on validation, and results
+            reported on test.
+        num_bytes: Size of the generator on disk, for the table.
+
+    Raises:
+        GeneratorError: No seed, or fewer than two real images in the part that judges.
+    """
+    real = parts.test if evaluate_on == "test" else parts.validation
+    if not seeds or len(real) < 2:
+        raise GeneratorError(
+            f"quality of a generator: got {len(seeds)} seeds and {len(real)} {evaluate_on} images; wanted at least 1 and 2"
+        )
+    train = parts.public if evaluate_on == "validation" else concatenate(parts.public, parts.validation)
+    judge = train_classifier(train, derive(seeds[0], "judge"))
+    real_spread = _spread(judge.features(real.images), real.labels)
+    labels = parts.public.labels
+    per_seed = []
+    for seed in seeds:
+        start = time.perf_counter()
+        image_seeds = [derive(seed, "quality", place) for place in range(len(labels))]
+        images = generator.generate(labels.tolist(), image_seeds)
+        seconds = time.perf_counter() - start
+        synthetic = train_classifier(
+            Examples(images=images, labels=labels, synthetic=torch.ones(len(labels), dtype=torch.bool)), seed
+        )
+        public = train_classifier(parts.public, seed)
+        nearest = nearest_training_image(images, parts.public.images)
+        per_seed.append(
+            SeedQuality(
+                seed=seed,
+                synthetic_accuracy=_accuracy(synthetic, real.images, real.labels),
+                public_accuracy=_accuracy(public, real.images, real.labels),
+                agreement=_accuracy(judge, images, labels),
+                diversity=_spread(judge.features(images), labels) / real_spread,
+                nearest=nearest.mean,
+                nearest_min=nearest.smallest,
+                copies=nearest.copies,
+                images_per_second=len(labels) / seconds,
+            )
+        )
+    return Quality(
+        per_seed=tuple(per_seed),
+        num_images=len(labels),
+        evaluated_on=evaluate_on,
+        real=nearest_training_image(real.images, parts.public.images),
+        num_bytes=num_bytes,
+    )
+
+
+def nearest_training_image(images: torch.Tensor, training: torch.Tensor) -> Nearest:
+    """Compare images with the training images.
+
+    Args:
+        images: uint8 [M, C, H, W].
+        training: uint8 [N, C, H, W], N >= 2.
+    """
+    # exact differences: the faster way by inner products would lose the small distances that matter here
+    distances = torch.cdist(
+        images.flatten(1).float() / 255, training.flatten(1).float() / 255, compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    first, second = distances.topk(2, dim=1, largest=False).values.unbind(1)
+    copies = (first < _COPY_RATIO * second).double().mean()
+    return Nearest(mean=first.mean().item(), smallest=first.min().item(), copies=copies.item())
+
+
+def _accuracy(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
+    return (classifier.predict(images).argmax(1) == labels).double().mean().item()
+
+
+def _spread(features: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the distance between two images of a class, averaged over pairs, then over the classes that have one."""
+    means = [torch.pdist(features[labels == label].float()).mean() for label in labels.unique() if (labels == label).sum() > 1]
+    return torch.stack(means).mean().item()

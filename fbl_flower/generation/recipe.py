@@ -1,0 +1,179 @@
+"""What a generator folder is: its files, and `recipe.json`, which says how they came to be.
+
+Reading it needs neither the network nor the diffusion library, so a run can be checked before it starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fbl_flower.errors import GeneratorError
+
+RECIPE = "recipe.json"
+NETWORK = "config.json"  # the constructor arguments of diffusers' UNet2DModel
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Ranges of the random deformation that a training image gets; every range is drawn uniformly in -x .. x.
+
+    Attributes:
+        rotation: Degrees.
+        scale: Change of size, as a share; each axis has half of it on its own.
+        shear: Horizontal shift per unit of height.
+        shift: Share of the image's side.
+        elastic: Displacement of a smooth random field, as a share of the image's side.
+    """
+
+    rotation: float = 12.0
+    scale: float = 0.15
+    shear: float = 0.2
+    shift: float = 0.05
+    elastic: float = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """The hyper-parameters of a generator. With the same data, seed and machine they give the same weights.
+
+    Attributes:
+        widths: Channels of the UNet at each resolution; multiples of 32, or 4-bit groups become coarse.
+        steps: Optimiser steps; few, because the public part is small and a long training memorises it.
+        batch_size: Images per step.
+        learning_rate: Peak of AdamW's step size, after `warmup` steps; then a cosine to a twentieth.
+        label_dropout: Share of the images trained without their label, for classifier-free guidance.
+        ema: Largest decay of the moving average of the weights; the average is what is kept.
+        augmentation: Random deformations, against memorising.
+        seed: Decides the first weights and every draw.
+    """
+
+    widths: tuple[int, ...] = (64, 96)
+    steps: int = 1600
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    label_dropout: float = 0.1
+    ema: float = 0.999
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.widths or any(width < 32 or width % 32 for width in self.widths):
+            problems.append(f"widths: got {self.widths}; wanted multiples of 32")
+        if self.steps < 1 or self.batch_size < 1 or self.warmup < 0:
+            problems.append(f"steps, batch size, warmup: got {self.steps}, {self.batch_size}, {self.warmup}; wanted >= 1, 1, 0")
+        if not 0 <= self.label_dropout < 1 or not 0 <= self.ema < 1:
+            problems.append(f"label_dropout, ema: got {self.label_dropout}, {self.ema}; wanted 0 <= x < 1")
+        if self.learning_rate <= 0:
+            problems.append(f"learning_rate: got {self.learning_rate}; wanted > 0")
+        if problems:
+            raise GeneratorError("recipe of a generator: " + "; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorInfo:
+    """The contents of `recipe.json`.
+
+    Attributes:
+        data_name: Data set of the public images that trained it.
+        image_size: Height and width of its images, in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        class_names: In the order of the labels.
+        public_sha256: `DataParts.public_sha256` of the training images.
+        num_images: How many they were.
+        training: The hyper-parameters.
+        wall_seconds, cpu_seconds, num_threads: What the training took.
+        versions: Of the libraries.
+        files: SHA-256 of every other file of the folder, by name.
+    """
+
+    data_name: str
+    image_size: int
+    channels: int
+    class_names: tuple[str, ...]
+    public_sha256: str
+    num_images: int
+    training: TrainingRecipe
+    wall_seconds: float
+    cpu_seconds: float
+    num_threads: int
+    versions: Mapping[str, str]
+    files: Mapping[str, str]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def write_info(folder: Path, info: GeneratorInfo) -> None:
+    """Write `info` as the `recipe.json` of `folder`."""
+    text = json.dumps({"format": _FORMAT, **dataclasses.asdict(info)}, indent=2)
+    (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_info(folder: Path) -> GeneratorInfo:
+    """Read the `recipe.json` of `folder`.
+
+    Raises:
+        GeneratorError: The folder or the file is missing, is no JSON, or lacks an entry.
+    """
+    if not folder.is_dir():
+        raise GeneratorError(
+            f"generator: no folder at {folder}; wanted one with {RECIPE}; train one, or correct generator.path"
+        )
+    file = folder / RECIPE
+    if not file.is_file():
+        raise GeneratorError(f"generator: {folder} holds no {RECIPE}; it is not a generator's folder; correct generator.path")
+    try:
+        return _parse(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError, GeneratorError) as error:
+        raise GeneratorError(
+            f"generator: {file} is damaged ({type(error).__name__}: {error}); copy or train the generator again"
+        ) from error
+
+
+def check_files(folder: Path, info: GeneratorInfo) -> list[str]:
+    """Compare every file with the sum in `info`; return a sentence for each that is missing or changed."""
+    problems = []
+    for name, wanted in info.files.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"generator: {file} is missing; copy or train the generator again")
+        elif (got := file_sha256(file)) != wanted:
+            problems.append(
+                f"generator: {file} is damaged: its sha256 is {got[:12]}..., {RECIPE} says {wanted[:12]}...; "
+                "copy or train the generator again"
+            )
+    return problems
+
+
+def file_sha256(file: Path) -> str:
+    """Return the hex SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _parse(raw: dict[str, Any]) -> GeneratorInfo:
+    if raw.pop("format") != _FORMAT:
+        raise ValueError(f"wanted format {_FORMAT}")
+    training = dict(raw["training"])
+    training["augmentation"] = Augmentation(**training["augmentation"])
+    training["widths"] = tuple(training["widths"])
+    names = tuple(str(name) for name in raw["class_names"])
+    info = GeneratorInfo(**raw | {"training": TrainingRecipe(**training), "class_names": names})
+    for name in ("image_size", "channels", "num_images", "num_threads"):
+        if not isinstance(getattr(info, name), int):
+            raise TypeError(f"{name}: got {getattr(info, name)!r}; wanted a whole number")
+    if not info.files:
+        raise ValueError("files: empty")
+    return info

@@ -1,0 +1,81 @@
+"""Classifiers y = H(F(x)): ResNet-18 from torchvision, and a tiny one for tests."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+from fbl_flower.config import ModelConfig
+from fbl_flower.seeding import derive
+
+_INIT_LOCK = threading.Lock()  # torch's initialisers draw from the global generator: one model at a time
+
+
+class Classifier(nn.Module):
+    """Features F, then a linear head H.
+
+    Args:
+        features: Module from float [N, C, H, W] to float [N, width].
+        width: Number of features (512 for ResNet-18).
+        num_classes: Number of logits.
+    """
+
+    def __init__(self, features: nn.Module, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.features = features
+        self.head = nn.Linear(width, num_classes)
+
+    @property
+    def width(self) -> int:
+        return self.head.in_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits [N, classes] of images [N, C, H, W] scaled to -1 .. 1."""
+        return self.head(self.features(x))
+
+
+def new_classifier(config: ModelConfig, *, channels: int, num_classes: int, seed: int) -> Classifier:
+    """Make a classifier with random weights that follow from `seed` alone."""
+    with _INIT_LOCK, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "model"))
+        return _build(config, channels, num_classes)
+
+
+def empty_classifier(config: ModelConfig, *, channels: int, num_classes: int) -> Classifier:
+    """Make a classifier without memory for weights (device "meta"), to be given some by `load_state_dict(assign=True)`."""
+    with torch.device("meta"):
+        return _build(config, channels, num_classes)
+
+
+def _build(config: ModelConfig, channels: int, num_classes: int) -> Classifier:
+    match config.name:
+        case "resnet18":
+            return Classifier(_resnet18(config, channels), 512, num_classes)
+        case "tiny":
+            return Classifier(_tiny(channels), 32, num_classes)
+        case _:
+            raise ValueError(f"model.name: got {config.name!r}; allowed: resnet18 | tiny")
+
+
+def _resnet18(config: ModelConfig, channels: int) -> nn.Module:
+    norm = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
+    net = resnet18(norm_layer=norm)
+    if config.stem == "32x32":
+        net.conv1 = nn.Conv2d(channels, 64, 3, stride=1, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    elif channels != 3:
+        net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    net.fc = nn.Identity()
+    return net
+
+
+def _tiny(channels: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip

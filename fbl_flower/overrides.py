@@ -1,0 +1,121 @@
+"""Settings from the command line: `-c "key=value ..."` in Flower's syntax, TOML files, and those of a run to go on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fbl_flower.config import RunConfig, Value, flatten, parse_config
+from fbl_flower.errors import ConfigError
+
+_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own pattern (flwr.common.config.parse_config_args)
+_PATHS = ("output-dir", "state-dir", "data.path", "generator.path", "resume")
+_MAY_CHANGE_ON_RESUME = "num-server-rounds"
+
+
+def read_overrides(arguments: Sequence[str]) -> dict[str, Value]:
+    """Read the arguments of `-c`: pairs `key=value` with TOML values, or TOML files; a later one wins.
+
+    Flower takes one file or pairs, and skips over text that is no pair; here both may be mixed, and such text is an error.
+
+    Raises:
+        ConfigError: Lists every piece that is no pair, every value that is no TOML, and every file that cannot be read.
+    """
+    found: dict[str, Value] = {}
+    problems: list[str] = []
+    for argument in arguments:
+        if argument.strip().endswith(".toml") and "=" not in argument:
+            try:
+                found |= read_toml(Path(argument.strip()))
+            except ConfigError as error:
+                problems += error.problems
+            continue
+        if rest := _PAIR.sub("", argument).split():
+            problems.append(f"-c {argument!r}: {' '.join(rest)!r} is no pair; wanted key=value without spaces around the '='")
+        for key, text in _PAIR.findall(argument):
+            try:
+                found |= flat_table(tomllib.loads(f"{key} = {text}"))
+            except tomllib.TOMLDecodeError:
+                problems.append(f"{key}: got {text}, which is no TOML value; allowed: true, false, a number, or text in quotes ('{text}')")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def read_toml(path: Path) -> dict[str, Value]:
+    """Read a TOML file of settings; tables become dotted keys."""
+    try:
+        return flat_table(tomllib.loads(path.expanduser().read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read as TOML: {error}"]) from error
+
+
+def flat_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested tables into dotted keys, as Flower does."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flat_table(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def to_toml(values: Mapping[str, Value]) -> str:
+    """Write flat settings as TOML, one `key = value` a line; `read_toml` gives them back."""
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
+
+
+def chosen_config(arguments: Sequence[str], *, resume: Path | None = None) -> tuple[RunConfig, dict[str, Value]]:
+    """Validate what the user asked for.
+
+    Relative paths are made absolute: the server and the clients run in other directories than the user's.
+
+    Args:
+        arguments: Those of `-c`.
+        resume: Run directory of a killed run to go on with: its settings hold, and `-c` may only raise the number of rounds.
+
+    Returns:
+        The configuration, and its settings that differ from the defaults.
+
+    Raises:
+        ConfigError: Lists all problems.
+    """
+    asked = read_overrides(arguments)
+    if resume is not None:
+        asked = _resumed(resume, asked)
+    for key in _PATHS:
+        value = asked.get(key)
+        if isinstance(value, str) and value and not value.startswith("~"):
+            asked[key] = os.path.abspath(value)
+    config = parse_config(asked)
+    defaults = flatten(RunConfig())
+    return config, {key: value for key, value in flatten(config).items() if value != defaults[key]}
+
+
+def _resumed(folder: Path, asked: dict[str, Value]) -> dict[str, Value]:
+    file = folder.expanduser() / "config.toml"
+    if not file.is_file():
+        raise ConfigError([f"--resume: no file {file}; wanted the run directory of an earlier run"])
+    settings = read_toml(file)
+    problems = [
+        f"{key}: got {value!r}; a resumed run keeps its settings, and only {_MAY_CHANGE_ON_RESUME} may be raised"
+        for key, value in asked.items()
+        if key != _MAY_CHANGE_ON_RESUME and settings.get(key) != value
+    ]
+    rounds, before = asked.get(_MAY_CHANGE_ON_RESUME), settings.get(_MAY_CHANGE_ON_RESUME)
+    if isinstance(rounds, int) and isinstance(before, int) and rounds < before:
+        problems.append(f"{_MAY_CHANGE_ON_RESUME}: got {rounds}; the run in {folder} has {before}, which may only be raised")
+    if problems:
+        raise ConfigError(problems)
+    return settings | asked | {"resume": str(folder.expanduser().resolve())}
+
+
+def _toml_value(value: Value) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for this one
+    return repr(value)

@@ -1,0 +1,182 @@
+"""The run directory: everything that a run leaves behind.
+
+    config.toml          every setting of the run, as run-config keys
+    versions.json        Python and packages
+    metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count
+    timings.jsonl        one line a round, clock times
+    summary.json         status, final accuracy, what went wrong
+    checkpoint.safetensors   the last checkpoint: model, round
+    model.safetensors    the final model
+    *.png                pictures
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fbl_flower.config import RunConfig, Value, flatten
+from fbl_flower.errors import ConfigError, StateError
+from fbl_flower.params import Arrays
+
+_PACKAGES = ("fbl-flower", "flwr", "torch", "torchvision", "diffusers", "optimum-quanto", "numpy")
+# What may change when a run is resumed: it does not touch what a round computes.
+_FREE = {"resume", "num-server-rounds", "output-dir", "checkpoint-every", "timeout"}
+_EMBEDDINGS = "alignment-embeddings"  # name of the averaged vectors beside the model's own names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Where a resumed run starts.
+
+    Attributes:
+        server_round: The last finished round.
+        arrays: The global model after it.
+        embeddings: Averaged alignment vectors, where that setting is on.
+    """
+
+    server_round: int
+    arrays: Arrays
+    embeddings: np.ndarray | None
+
+
+class RunDirectory:
+    """One run's folder. Use `create` or `reopen`.
+
+    Attributes:
+        path: The folder; its name is the run's identity, the same before and after a resume.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def identity(self) -> str:
+        return self.path.name
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunDirectory:
+        """Make a new folder below `output-dir` and write down the settings and versions."""
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        run = cls(Path(config.output_dir).expanduser().resolve() / name)
+        try:
+            run.path.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError([f"output-dir: cannot make {run.path} ({error.strerror}); choose a folder that can be written"]) from error
+        (run.path / "config.toml").write_text(to_toml(flatten(config)))
+        versions = {"python": platform.python_version()}
+        for package in _PACKAGES:
+            try:
+                versions[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                versions[package] = "not installed"
+        run.write_json("versions.json", versions)
+        return run
+
+    @classmethod
+    def reopen(cls, config: RunConfig) -> tuple[RunDirectory, Checkpoint]:
+        """Open the folder of `config.resume` to go on from its checkpoint; later lines of metrics and timings are cut off.
+
+        Raises:
+            ConfigError: A setting that decides the results differs from the first part's.
+            StateError: There is no folder, no checkpoint, or it is damaged.
+        """
+        import tomllib
+
+        run = cls(Path(config.resume).expanduser().resolve())
+        try:
+            before = tomllib.loads((run.path / "config.toml").read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise StateError(f"resume: {run.path} is not the directory of a run ({error})") from error
+        now = flatten(config)
+        problems = [
+            f"{key}: got {now.get(key)!r}; the run to resume has {before.get(key)!r}, and it decides the results"
+            for key in sorted(now.keys() | before.keys())
+            if key not in _FREE and now.get(key) != before.get(key)
+        ]
+        if problems:
+            raise ConfigError(problems)
+        checkpoint = run._read_checkpoint()
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            run._cut(name, checkpoint.server_round)
+        return run, checkpoint
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add one line of JSON to a file."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a file of JSON, whole or not at all."""
+        _replace(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def read_rows(self, name: str) -> list[dict[str, Any]]:
+        """Read the lines of a file of JSON lines; none if it is not there."""
+        path = self.path / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def write_model(self, arrays: Arrays) -> None:
+        """Write the final model."""
+        _replace(self.path / "model.safetensors", save(_contiguous(arrays)))
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Replace the last checkpoint."""
+        tensors = dict(checkpoint.arrays)
+        if checkpoint.embeddings is not None:
+            tensors[_EMBEDDINGS] = checkpoint.embeddings
+        blob = save(_contiguous(tensors), metadata={"server_round": str(checkpoint.server_round)})
+        _replace(self.path / "checkpoint.safetensors", blob)
+
+    def _read_checkpoint(self) -> Checkpoint:
+        path = self.path / "checkpoint.safetensors"
+        try:
+            with safe_open(path, "numpy") as file:
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+                server_round = int(file.metadata()["server_round"])
+        except FileNotFoundError as error:
+            raise StateError(f"resume: {self.path} has no checkpoint: the run ended before its first; start it again") from error
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise StateError(f"resume: {path} is damaged ({error}); start the run again") from error
+        return Checkpoint(server_round=server_round, embeddings=arrays.pop(_EMBEDDINGS, None), arrays=arrays)
+
+    def _cut(self, name: str, last_round: int) -> None:
+        kept = []
+        for line in (self.path / name).read_text().splitlines() if (self.path / name).exists() else ():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the kill came in the middle of a line
+            if row["round"] <= last_round:
+                kept.append(line + "\n")
+        _replace(self.path / name, "".join(kept).encode())
+
+
+def to_toml(flat: Mapping[str, Value]) -> str:
+    """Write flat run-config keys as TOML; Flower takes it back with `flwr run -c config.toml`."""
+
+    def literal(value: Value) -> str:
+        return json.dumps(value) if isinstance(value, bool | str) else repr(value)
+
+    return "".join(f'"{key}" = {literal(value)}\n' for key, value in flat.items())
+
+
+def _contiguous(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    return {name: np.ascontiguousarray(array) if array.ndim else array.copy() for name, array in arrays.items()}
+
+
+def _replace(path: Path, blob: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(blob)
+    os.replace(temporary, path)

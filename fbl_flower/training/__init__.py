@@ -1,0 +1,1 @@
+"""The only training loop, the only evaluation, and one client's round made of them."""

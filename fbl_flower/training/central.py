@@ -1,0 +1,79 @@
+"""Training without a federation: the warm start, and the rows that a federation has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fbl_flower.config import RunConfig
+from fbl_flower.data.datasets import DataParts, load_parts
+from fbl_flower.data.examples import Examples
+from fbl_flower.generation.cache import ImageCache, generate_cached
+from fbl_flower.models import Classifier, new_classifier
+from fbl_flower.seeding import derive, torch_stream
+from fbl_flower.training.device import pick_device
+from fbl_flower.training.evaluation import evaluate
+from fbl_flower.training.loop import train
+from fbl_flower.training.prepare import augmentation_of, shared_generator
+
+
+def train_centrally(config: RunConfig, parts: DataParts, examples: Examples, *, epochs: int, seed: int) -> Classifier:
+    """Train the run's classifier on `examples`, with the clients' own step size, batch size and augmentation.
+
+    Args:
+        config: Its `model`, `train` and `device`.
+        parts: The data set that the examples are of.
+        examples: At least one image.
+        epochs: Passes over them, in place of `train.epochs`.
+        seed: Of the weights, the order and the augmentation.
+    """
+    device = pick_device(config)
+    model = new_classifier(config.model, channels=parts.info.channels, num_classes=parts.info.num_classes, seed=seed).to(device)
+    settings = replace(config.train, epochs=epochs)
+    train(
+        model,
+        examples.to(device),
+        config=settings,
+        augmentation=augmentation_of(parts),
+        rng=torch_stream(seed, "central"),
+    )
+    return model
+
+
+def synthetic_examples(config: RunConfig, parts: DataParts, *, num_images: int, purpose: str) -> Examples:
+    """Generate class-balanced images for the server's own use, through the cache in `state-dir`."""
+    labels = [i % parts.info.num_classes for i in range(num_images)]
+    seeds = [derive(config.seed, purpose, i) for i in range(num_images)]
+    cache = ImageCache(Path(config.state_dir).expanduser() / "cache")
+    made = generate_cached(shared_generator(config), cache, labels, seeds)
+    return Examples(
+        images=made.images, labels=torch.tensor(labels), synthetic=torch.ones(num_images, dtype=torch.bool)
+    )
+
+
+def warm_start_model(config: RunConfig) -> Classifier:
+    """Train the initial model on images of the public generator (an option of ours, for every method)."""
+    parts = load_parts(config.data)
+    number = config.warm_start.num_images or len(parts.private)
+    examples = synthetic_examples(config, parts, num_images=number, purpose="warm-start")
+    return train_centrally(config, parts, examples, epochs=config.warm_start.epochs, seed=config.seed)
+
+
+def run_central(config: RunConfig, on: Literal["public", "synthetic"]) -> float:
+    """Train without a federation and return the accuracy, 0 .. 1, on the whole test set.
+
+    Takes as many image steps as the federation of `config` does in its rounds: clients in a round x their mean number of images x local
+    epochs x rounds. Of synthetic images there are as many as the clients have real ones together.
+    """
+    torch.set_num_threads(config.num_threads)
+    parts = load_parts(config.data)
+    if on == "public":
+        examples = parts.public
+    else:
+        examples = synthetic_examples(config, parts, num_images=len(parts.private), purpose="central")
+    image_steps = config.num_server_rounds * config.train.epochs * config.fraction_train * len(parts.private)
+    model = train_centrally(config, parts, examples, epochs=max(1, round(image_steps / len(examples))), seed=config.seed)
+    return evaluate(model.cpu(), parts.test, precision=config.train.precision).accuracy

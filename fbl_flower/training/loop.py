@@ -1,0 +1,118 @@
+"""The training loop, for every method, client, and row without a federation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fbl_flower.balancing.alignment import alignment_offset
+from fbl_flower.config import TrainConfig
+from fbl_flower.data.batches import augment, batch_indices, to_float
+from fbl_flower.data.examples import Examples
+from fbl_flower.models import Classifier
+from fbl_flower.training.device import autocast, memory_format
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random shifts of at most `shift` pixels, and mirroring if `flip`."""
+
+    shift: int
+    flip: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a training was like; the model itself is changed in place.
+
+    Attributes:
+        loss: Mean training loss over all images and epochs.
+        synthetic_accuracy: Share of synthetic training images classified rightly by H(F(I)); NaN without any.
+        aligned_accuracy: The same by H(F(I) + P_i).
+    """
+
+    loss: float
+    synthetic_accuracy: float
+    aligned_accuracy: float
+
+
+def train(
+    model: Classifier,
+    examples: Examples,
+    *,
+    config: TrainConfig,
+    augmentation: Augmentation | None,
+    rng: torch.Generator,
+    embeddings: nn.Parameter | None = None,
+    embedding_learning_rate: float = 0.0,
+    drop: float = 0.0,
+) -> TrainResult:
+    """Train by SGD on the cross-entropy, in place.
+
+    Every image is used once an epoch; a last, smaller batch is used too. With `embeddings`, synthetic images are aligned
+    (Eq. 4) and the vectors are trained jointly, by the same loss at their own learning rate.
+
+    Args:
+        model: On the device where the training is to run.
+        examples: On the same device, at least one image.
+        config: Epochs, batch size, step size and so on.
+        augmentation: None trains on the images as they are.
+        rng: CPU generator of order, augmentation and drop.
+        embeddings: float [C, D] on the device, the vectors P; None: no alignment.
+        embedding_learning_rate: Step size of the vectors.
+        drop: Probability that a synthetic image loses its vector.
+    """
+    device = examples.images.device
+    layout = memory_format(model, device)
+    model.to(memory_format=layout)
+    weights = list(model.parameters())
+    groups: list[dict[str, object]] = [{"params": weights, "weight_decay": config.weight_decay}]
+    if embeddings is not None:
+        groups.append({"params": [embeddings], "lr": embedding_learning_rate, "weight_decay": 0.0})
+    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right without P, right with P
+    for _ in range(config.epochs):
+        for index in batch_indices(len(examples), config.batch_size, rng):
+            batch = examples.take(index.to(device))
+            images = batch.images
+            if augmentation is not None and config.augment:
+                images = augment(images, shift=augmentation.shift, flip=augmentation.flip, rng=rng)
+            model.train(len(batch) > 1)  # one image has no batch statistics: BatchNorm then uses its running ones
+            with autocast(config.precision, device):
+                features = model.features(to_float(images).contiguous(memory_format=layout))
+                offset = None
+                if embeddings is not None:
+                    offset = alignment_offset(embeddings, batch.labels, batch.synthetic, drop=drop, rng=rng)
+                logits = model.head(features if offset is None else features + offset)
+            loss = F.cross_entropy(logits.float(), batch.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            if config.clip_norm > 0:
+                nn.utils.clip_grad_norm_(weights, config.clip_norm)
+            if embeddings is not None:
+                totals += _synthetic_hits(model.head, features.detach(), embeddings, batch, loss)
+            else:
+                totals[0] += loss.detach() * len(batch)
+            optimizer.step()
+    num_seen, num_synthetic = config.epochs * len(examples), config.epochs * int(examples.synthetic.sum())
+    loss_sum, right, right_aligned = totals.tolist()
+    measured = embeddings is not None and num_synthetic > 0
+    return TrainResult(
+        loss=loss_sum / num_seen,
+        synthetic_accuracy=right / num_synthetic if measured else float("nan"),
+        aligned_accuracy=right_aligned / num_synthetic if measured else float("nan"),
+    )
+
+
+@torch.no_grad()
+def _synthetic_hits(
+    head: nn.Linear, features: torch.Tensor, embeddings: torch.Tensor, batch: Examples, loss: torch.Tensor
+) -> torch.Tensor:
+    """Return the batch's loss sum and how many synthetic images are right without and with P; costs two products with the head."""
+    features = features.float()
+    plain = head(features).argmax(1) == batch.labels
+    aligned = head(features + embeddings[batch.labels]).argmax(1) == batch.labels
+    return torch.stack([loss.detach().double() * len(batch), (plain & batch.synthetic).sum(), (aligned & batch.synthetic).sum()])

@@ -1,0 +1,101 @@
+"""What a client does on start-up: count, plan, and fill, so that a round finds its data ready."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fbl_flower.balancing.filling import fill
+from fbl_flower.balancing.plan import BalancePlan, make_plan
+from fbl_flower.config import RunConfig
+from fbl_flower.data.datasets import DataParts, load_parts
+from fbl_flower.data.examples import Examples
+from fbl_flower.data.partition import partition
+from fbl_flower.generation.cache import ImageCache
+from fbl_flower.generation.loading import load_generator
+from fbl_flower.generation.protocol import ImageGenerator
+from fbl_flower.seeding import numpy_stream
+from fbl_flower.training.loop import Augmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientData:
+    """A client's own images, its plan, and the synthetic images that the plan asked for.
+
+    Attributes:
+        client: Number of the client, 0 .. num-clients - 1.
+        num_classes: Classes of the federation, including those that this client lacks.
+        real: The client's images.
+        plan: None for a client that does not balance.
+        fill: Synthetic images, `plan.fill[c]` of each class c; empty without a plan.
+        augmentation: How training images may be varied.
+    """
+
+    client: int
+    num_classes: int
+    real: Examples
+    plan: BalancePlan | None
+    fill: Examples
+    augmentation: Augmentation
+
+
+def prepare_client(
+    config: RunConfig, client: int, *, cache_folder: Path, progress: Callable[[int, int], None] | None = None
+) -> ClientData:
+    """Load a client's images, plan its balanced set, and generate what is missing and not yet on its disk.
+
+    Args:
+        config: The run's configuration.
+        client: 0 .. num-clients - 1.
+        cache_folder: Folder of the client's image cache.
+        progress: Called with (images generated, images to generate).
+    """
+    parts = load_parts(config.data)
+    real = client_examples(config, parts, client)
+    plan = client_plan(config, real, parts.info.num_classes, client)
+    synthetic = real.take(torch.zeros(0, dtype=torch.int64))
+    if plan is not None and plan.fill.sum() > 0:
+        synthetic = fill(
+            plan, shared_generator(config), ImageCache(cache_folder), seed=config.seed, client=client, progress=progress
+        )
+    return ClientData(
+        client=client,
+        num_classes=parts.info.num_classes,
+        real=real,
+        plan=plan,
+        fill=synthetic,
+        augmentation=augmentation_of(parts),
+    )
+
+
+def client_examples(config: RunConfig, parts: DataParts, client: int) -> Examples:
+    """Return the private images of one client."""
+    return parts.private.take(torch.from_numpy(partition(parts.private.labels.numpy(), config)[client]))
+
+
+def client_plan(config: RunConfig, real: Examples, num_classes: int, client: int) -> BalancePlan | None:
+    """Return the client's plan, or None where balancing is off."""
+    if not config.balancing.enabled:
+        return None
+    return make_plan(
+        real.counts(num_classes).numpy(),
+        tie_break=numpy_stream(config.seed, "plan", client),
+        sampling=config.balancing.sampling != "none",
+        filling=config.balancing.filling,
+    )
+
+
+def augmentation_of(parts: DataParts) -> Augmentation:
+    """Return the data set's augmentation, its shift scaled to the image size in use."""
+    info = parts.info
+    return Augmentation(shift=round(info.shift * parts.image_size / info.image_size), flip=info.flip)
+
+
+@functools.lru_cache(maxsize=1)
+def shared_generator(config: RunConfig) -> ImageGenerator:
+    """Load the run's generator once per process; several clients of a simulation share it."""
+    return load_generator(config, load_parts(config.data))

@@ -1,0 +1,127 @@
+"""One client's round: choose which real images stay, train on the balanced set, remember."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from fbl_flower.balancing.sampling import choose_kept, replay_due
+from fbl_flower.balancing.state import BalancingState
+from fbl_flower.config import RunConfig
+from fbl_flower.data.examples import Examples, concatenate
+from fbl_flower.models import Classifier, empty_classifier
+from fbl_flower.params import Arrays, to_arrays, to_state
+from fbl_flower.seeding import numpy_stream, torch_stream
+from fbl_flower.training.device import pick_device
+from fbl_flower.training.evaluation import per_image_losses
+from fbl_flower.training.loop import TrainResult, train
+from fbl_flower.training.prepare import ClientData
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRoundResult:
+    """What a client's round came to.
+
+    Attributes:
+        arrays: The trained model, by name.
+        num_examples: Size of the set that was trained on.
+        num_real: The client's real images, N_k, whether or not they were all used.
+        training: The training's own measurements; None for a client without images.
+        state: The client's memory after the round; None for a client that does not balance.
+    """
+
+    arrays: Arrays
+    num_examples: int
+    num_real: int
+    training: TrainResult | None
+    state: BalancingState | None
+
+
+def run_local_round(
+    arrays: Mapping[str, np.ndarray],
+    data: ClientData,
+    state: BalancingState | None,
+    *,
+    config: RunConfig,
+    server_round: int,
+) -> LocalRoundResult:
+    """Run one round of a client: a pure function of what it is given.
+
+    Args:
+        arrays: The model that the server sent, by name.
+        data: The client's data; it may be empty, and then the model comes back as it was.
+        state: What the client remembers, or None in its first round.
+        config: The run's configuration.
+        server_round: Number of the round, from 1; names the random streams.
+    """
+    device = pick_device(config)
+    model = load_classifier(arrays, config, channels=data.real.images.shape[1], num_classes=data.num_classes, device=device)
+    real, examples = data.real.to(device), data.real
+    if data.plan is not None:
+        state = _balance(model, real, data, state, config=config, server_round=server_round)
+        examples = concatenate(data.real.take(state.kept.nonzero().flatten()), data.fill)
+    if len(examples) == 0:
+        return LocalRoundResult(arrays=dict(arrays), num_examples=0, num_real=len(data.real), training=None, state=state)
+    b = config.balancing
+    embeddings = None
+    if state is not None and b.alignment:
+        embeddings = nn.Parameter(state.embeddings.to(device).clone())
+    training = train(
+        model,
+        examples.to(device),
+        config=config.train,
+        augmentation=data.augmentation,
+        rng=torch_stream(config.seed, "train", data.client, server_round),
+        embeddings=embeddings,
+        embedding_learning_rate=b.embedding_learning_rate,
+        drop=b.drop,
+    )
+    if state is not None and embeddings is not None:
+        state = replace(
+            state,
+            embeddings=embeddings.detach().cpu(),
+            synthetic_accuracy=training.synthetic_accuracy,
+            aligned_accuracy=training.aligned_accuracy,
+        )
+    return LocalRoundResult(
+        arrays=to_arrays(model.state_dict()),
+        num_examples=len(examples),
+        num_real=len(data.real),
+        training=training,
+        state=state,
+    )
+
+
+def load_classifier(
+    arrays: Mapping[str, np.ndarray], config: RunConfig, *, channels: int, num_classes: int, device: torch.device
+) -> Classifier:
+    """Make a classifier that holds `arrays`, on `device`."""
+    model = empty_classifier(config.model, channels=channels, num_classes=num_classes)
+    model.load_state_dict(to_state(arrays, device), assign=True)
+    return model.requires_grad_(True)
+
+
+def _balance(
+    model: Classifier, real: Examples, data: ClientData, state: BalancingState | None, *, config: RunConfig, server_round: int
+) -> BalancingState:
+    """Sample in the client's first round, replay when it is due, and otherwise leave the choice as it is."""
+    assert data.plan is not None
+    b = config.balancing
+    first = state is None
+    if state is not None and not replay_due(server_round=server_round, chosen_in=state.chosen_in, period=b.replay_period):
+        return state
+    losses = per_image_losses(model, real, precision=config.train.precision) if b.sampling == "loss" else None
+    kept = choose_kept(
+        data.real.labels.numpy(),
+        data.plan.keep,
+        losses=None if losses is None else losses.cpu().numpy(),
+        rng=numpy_stream(config.seed, "choice", data.client, server_round),
+        kept_before=None if state is None else state.kept.numpy(),
+        replay_ratio=0.0 if first else b.replay_ratio,
+    )
+    embeddings = torch.zeros(data.num_classes, model.width) if state is None else state.embeddings
+    return BalancingState(kept=torch.from_numpy(kept), chosen_in=server_round, embeddings=embeddings)
