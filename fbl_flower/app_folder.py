@@ -13,7 +13,9 @@ import fbl_flower
 from fbl_flower.errors import ConfigError
 
 _PACKAGE = Path(fbl_flower.__file__).parent
-_CARRIED = "_app"  # in a wheel: pyproject.toml, server_app.py, client_app.py and what else stands beside the package in a checkout
+_CARRIED = (
+    "_app"  # in a wheel: pyproject.toml, server_app.py, client_app.py and what else stands beside the package in a checkout
+)
 
 
 @contextlib.contextmanager
@@ -47,7 +49,9 @@ def assemble_app(folder: Path, package: Path = _PACKAGE) -> Path:
     """Lay out a Flower app in `folder` from an installed package, and return it."""
     carried = package / _CARRIED
     if not (carried / "pyproject.toml").is_file():
-        raise ConfigError([f"the installed package has no {carried}/pyproject.toml; install it again, or name a checkout with --app"])
+        raise ConfigError(
+            [f"the installed package has no {carried}/pyproject.toml; install it again, or name a checkout with --app"]
+        )
     shutil.copytree(carried, folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in package.rglob("*.py"):
         inside = file.relative_to(package)

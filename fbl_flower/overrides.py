@@ -26,22 +26,7 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Value]:
     Raises:
         ConfigError: Lists every piece that is no pair, every value that is no TOML, and every file that cannot be read.
     """
-    found: dict[str, Value] = {}
-    problems: list[str] = []
-    for argument in arguments:
-        if argument.strip().endswith(".toml") and "=" not in argument:
-            try:
-                found |= read_toml(Path(argument.strip()))
-            except ConfigError as error:
-                problems += error.problems
-            continue
-        if rest := _PAIR.sub("", argument).split():
-            problems.append(f"-c {argument!r}: {' '.join(rest)!r} is no pair; wanted key=value without spaces around the '='")
-        for key, text in _PAIR.findall(argument):
-            try:
-                found |= flat_table(tomllib.loads(f"{key} = {text}"))
-            except tomllib.TOMLDecodeError:
-                problems.append(f"{key}: got {text}, which is no TOML value; allowed: true, false, a number, or text in quotes ('{text}')")
+    found, problems = _scan(arguments)
     if problems:
         raise ConfigError(problems)
     return found
@@ -83,16 +68,44 @@ def chosen_config(arguments: Sequence[str], *, resume: Path | None = None) -> tu
     Raises:
         ConfigError: Lists all problems.
     """
-    asked = read_overrides(arguments)
-    if resume is not None:
+    asked, problems = _scan(arguments)
+    if resume is not None and not problems:
         asked = _resumed(resume, asked)
     for key in _PATHS:
         value = asked.get(key)
         if isinstance(value, str) and value and not value.startswith("~"):
             asked[key] = os.path.abspath(value)
-    config = parse_config(asked)
+    try:
+        config = parse_config(asked)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from error
+    if problems:
+        raise ConfigError(problems)
     defaults = flatten(RunConfig())
     return config, {key: value for key, value in flatten(config).items() if value != defaults[key]}
+
+
+def _scan(arguments: Sequence[str]) -> tuple[dict[str, Value], list[str]]:
+    """Read the arguments of `-c`; return what can be read, and what is wrong with the rest."""
+    found: dict[str, Value] = {}
+    problems: list[str] = []
+    for argument in arguments:
+        if argument.strip().endswith(".toml") and "=" not in argument:
+            try:
+                found |= read_toml(Path(argument.strip()))
+            except ConfigError as error:
+                problems += error.problems
+            continue
+        for rest in _PAIR.sub("", argument).split():
+            problems.append(f"-c: got {rest!r}; wanted key=value, without spaces around the '='")
+        for key, text in _PAIR.findall(argument):
+            try:
+                found |= flat_table(tomllib.loads(f"{key} = {text}"))
+            except tomllib.TOMLDecodeError:
+                problems.append(
+                    f"{key}: got {text}, which is no TOML value; wanted true, false, a number, or text in quotes ('{text}')"
+                )
+    return found, problems
 
 
 def _resumed(folder: Path, asked: dict[str, Value]) -> dict[str, Value]:

@@ -1,7 +1,7 @@
 """`fbl-flower run` on Flower's simulation engine: `flwr run`, with a status one can rely on.
 
-`flwr run` exits 0 for a run that failed, and starts its background SuperLink in whatever directory it is called from; the clients
-then import their code from there. So it is called from an empty directory, and the status is asked for afterwards.
+`flwr run` exits 0 for a run that failed, and starts its background SuperLink in whatever directory it is called from; the
+clients then import their code from there. So it is called from an empty directory, and the status is asked for afterwards.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ _PATIENCE_S = 60.0  # from the end of the log to a final status
 
 
 def run_simulation(settings: Mapping[str, Value], *, nodes: int, app: Path | None = None, gpu: bool = False) -> None:
-    """Start the app, show its log while it runs, and wait for its end. Ctrl-C (or SIGTERM) stops the run.
+    """Start the app, show its log while it runs, and wait for its end. Ctrl-C stops the run.
 
     Args:
         settings: Run-config keys that differ from the defaults.
@@ -49,7 +48,9 @@ def run_simulation(settings: Mapping[str, Value], *, nodes: int, app: Path | Non
         run_id = _follow(command)
     status, details = _final_status(run_id)
     if status != "finished:completed":
-        raise RunFailed(f"run {run_id}: {status}" + (f": {details}" if details else "") + f"; its log: flwr log {run_id} --show")
+        raise RunFailed(
+            f"run {run_id}: {status}" + (f": {details}" if details else "") + f"; its log: flwr log {run_id} --show"
+        )
 
 
 def run_status(run_id: str | None = None) -> list[dict[str, Any]]:
@@ -101,7 +102,6 @@ def flower_program(name: str) -> str:
 def _follow(command: list[str]) -> str:
     """Run `flwr run --stream`, pass its output on, and return the run's id."""
     run_id, refusal = None, []
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     # A session of its own keeps a Ctrl-C from it: it would only stop the log, not the run.
     process = subprocess.Popen(
         command, env=flower_environment(), cwd=neutral_directory(), start_new_session=True,
@@ -122,7 +122,6 @@ def _follow(command: list[str]) -> str:
             stop_run(run_id)
         raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
         process.terminate()
         process.wait()
     if run_id is None:
@@ -138,7 +137,3 @@ def _final_status(run_id: str) -> tuple[str, str]:
         if row["status"].startswith("finished") or time.monotonic() > deadline:
             return row["status"], row.get("status-details") or ""
         time.sleep(1.0)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -42,8 +42,8 @@ def check_superlink(app: Path) -> None:
     if foreign and started_in.resolve() != app.resolve():
         raise ConfigError(
             [
-                f"the background SuperLink (process {process}) was started in {started_in}, and its clients would import the code there, "
-                f"not that of {app}; stop it with `fbl-flower superlink stop`"
+                f"the background SuperLink (process {process}) was started in {started_in}, and its clients would "
+                f"import the code there, not that of {app}; stop it with `fbl-flower superlink stop`"
             ]
         )
 

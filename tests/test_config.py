@@ -118,7 +118,9 @@ def test_a_wrong_value_is_one_problem_that_names_key_value_and_what_is_allowed(k
     assert problems_of({key: value}) == [f"{key}: {wanted}"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("balancing.drop", 0.0), ("balancing.drop", 1.0), ("train.clip-norm", 0.0), ("seed", 0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("balancing.drop", 0.0), ("balancing.drop", 1.0), ("train.clip-norm", 0.0), ("seed", 0)]
+)
 def test_the_ends_of_a_range_are_allowed(key: str, value: float) -> None:
     assert flatten(parse_config({key: value}))[key] == value
 
@@ -130,7 +132,15 @@ def test_an_unknown_key_gets_the_nearest_known_one() -> None:
 
 def test_several_problems_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_config({"zzz": 1, "num-clients": "many", "data.alpha": -1.0, "balancing.alignment": False, "balancing.average-embeddings": True})
+        parse_config(
+            {
+                "zzz": 1,
+                "num-clients": "many",
+                "data.alpha": -1.0,
+                "balancing.alignment": False,
+                "balancing.average-embeddings": True,
+            }
+        )
     error = caught.value
     assert [problem.split(":")[0] for problem in error.problems] == [
         "zzz", "num-clients", "data.alpha", "balancing.average-embeddings",

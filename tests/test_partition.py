@@ -22,7 +22,9 @@ KINDS = st.sampled_from(["dirichlet", "iid"])
 
 
 @given(LABELS, KINDS, st.floats(1e-6, 1e6), st.integers(0, 1000), st.data())
-def test_every_image_belongs_to_exactly_one_client(labels: np.ndarray, kind: str, alpha: float, seed: int, data: st.DataObject) -> None:
+def test_every_image_belongs_to_exactly_one_client(
+    labels: np.ndarray, kind: str, alpha: float, seed: int, data: st.DataObject
+) -> None:
     num_clients = data.draw(st.integers(1, len(labels)))
     parts = partition(labels, config_of(num_clients=num_clients, kind=kind, alpha=alpha, seed=seed))
     assert len(parts) == num_clients
@@ -34,7 +36,9 @@ def test_every_image_belongs_to_exactly_one_client(labels: np.ndarray, kind: str
 @given(LABELS, KINDS, st.integers(0, 1000))
 def test_the_partition_follows_from_labels_and_seed_alone(labels: np.ndarray, kind: str, seed: int) -> None:
     config = config_of(num_clients=min(4, len(labels)), kind=kind, seed=seed)
-    other = replace(config, num_threads=7, train=replace(config.train, epochs=9), balancing=replace(config.balancing, enabled=False))
+    other = replace(
+        config, num_threads=7, train=replace(config.train, epochs=9), balancing=replace(config.balancing, enabled=False)
+    )
     np.random.seed(seed)
     first = partition(labels.copy(), config)
     np.random.seed(seed + 1)
@@ -66,7 +70,11 @@ def test_a_smaller_alpha_is_more_skewed() -> None:
     """A large alpha gives each client every class alike (share 1/10); a tiny one gives each class to one client."""
     labels = np.repeat(np.arange(10), 200)
     shares = {
-        alpha: float(np.mean([dominance(labels, partition(labels, config_of(num_clients=10, alpha=alpha, seed=seed))) for seed in range(10)]))
+        alpha: float(
+            np.mean(
+                [dominance(labels, partition(labels, config_of(num_clients=10, alpha=alpha, seed=seed))) for seed in range(10)]
+            )
+        )
         for alpha in (1e6, 10.0, 1.0, 0.1)
     }
     assert shares[1e6] == pytest.approx(0.1, abs=0.002)

@@ -51,13 +51,17 @@ def test_nothing_to_balance(counts: list[int]) -> None:
 
 def test_ties_are_broken_by_each_client_for_itself() -> None:
     """Counts 5, 5, 0: B = 3.33, one extra image for class 0 or 1, never for 2. Of 400 clients about half favour each."""
-    targets = np.array([balance_targets(np.array([5, 5, 0]), tie_break=numpy_stream(0, "plan", client)) for client in range(400)])
+    targets = np.array(
+        [balance_targets(np.array([5, 5, 0]), tie_break=numpy_stream(0, "plan", client)) for client in range(400)]
+    )
     assert set(map(tuple, targets.tolist())) == {(4, 3, 3), (3, 4, 3)}
     assert 150 < (targets[:, 0] == 4).sum() < 250  # 200 expected, standard deviation 10
 
 
 def test_ties_of_one_client_are_repeatable() -> None:
-    assert [plan_of([5, 5, 5, 0, 0, 0], client=7).fill.tolist() for _ in range(3)] == [plan_of([5, 5, 5, 0, 0, 0], client=7).fill.tolist()] * 3
+    assert [plan_of([5, 5, 5, 0, 0, 0], client=7).fill.tolist() for _ in range(3)] == [
+        plan_of([5, 5, 5, 0, 0, 0], client=7).fill.tolist()
+    ] * 3
 
 
 def test_without_sampling_the_excessive_classes_stay_whole() -> None:

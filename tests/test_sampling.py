@@ -54,7 +54,9 @@ def replay(num_images: int, keep: int, ratio: float, *, name: int = 0) -> tuple[
         (10, 8, 1.0, 2),  # only two were not kept: both come back, and the six highest losses stay
     ],
 )
-def test_a_replay_brings_back_a_share_of_what_was_discarded(num_images: int, keep: int, ratio: float, num_replayed: int) -> None:
+def test_a_replay_brings_back_a_share_of_what_was_discarded(
+    num_images: int, keep: int, ratio: float, num_replayed: int
+) -> None:
     before, after = replay(num_images, keep, ratio)
     assert np.flatnonzero(before).tolist() == list(range(num_images - keep, num_images))
     assert after.sum() == keep
@@ -132,5 +134,7 @@ def test_equals_the_slow_version(data: st.DataObject) -> None:
     ("server_round", "chosen_in", "period", "due"),
     [(5, 1, 5, False), (6, 1, 5, True), (9, 1, 5, True), (1, 1, 1, False), (2, 1, 1, True), (100, 1, 0, False)],
 )
-def test_replay_is_due_a_period_of_server_rounds_after_the_last_choice(server_round: int, chosen_in: int, period: int, due: bool) -> None:
+def test_replay_is_due_a_period_of_server_rounds_after_the_last_choice(
+    server_round: int, chosen_in: int, period: int, due: bool
+) -> None:
     assert replay_due(server_round=server_round, chosen_in=chosen_in, period=period) is due

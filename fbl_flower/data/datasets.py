@@ -153,6 +153,8 @@ def _load_parts(config: DataConfig, stamp: int) -> DataParts:
         test = test.take(_class_balanced_order(test.labels.numpy())[:num_test])
     rest = len(order) - num_public
     num_private = number(config.num_private, max(rest, 0))
+    if num_validation > num_public:
+        problems.append(f"data.num-validation: got {num_validation}; it is a part of the public images, which are {num_public}")
     if len(test) == 0:
         problems.append(f"data.num-test: got {num_test}; the server needs at least one test image")
     if num_private < 1 or num_private > rest:
@@ -221,6 +223,9 @@ def _read_parquet(path: Path, info: DataInfo) -> tuple[Examples, Examples]:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"data.path: {path} is not a whole parquet file with the columns image, label, split: {error}") from error
     split = np.array(table["split"].to_pylist())
+    if not pyarrow.types.is_integer(table["label"].type) or table["label"].null_count:
+        got = f"{table['label'].type} with {table['label'].null_count} empty rows"
+        raise DataError(f"data.path: {path}, column label: got {got}; wanted a whole number in every row")
     labels = np.array(table["label"].to_pylist(), dtype=np.int64)
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= info.num_classes:
         got = f"labels {labels.min()} to {labels.max()}" if len(labels) else "no rows"

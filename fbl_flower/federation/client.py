@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from logging import INFO
 from pathlib import Path
 
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.logger import log
 
 from fbl_flower.balancing.state import StateStore
 from fbl_flower.config import RunConfig, parse_config
@@ -23,6 +22,7 @@ from fbl_flower.training.prepare import ClientData, prepare_client
 from fbl_flower.training.round import run_local_round
 
 app = ClientApp()
+_log = logging.getLogger("fbl_flower.client")  # not Flower's logger, whose lines may reach the server
 Handler = Callable[[Message, Context], Message]
 
 
@@ -119,9 +119,13 @@ def _state_dir(context: Context) -> Path:
 
 @functools.lru_cache(maxsize=128)
 def _client_data(config: RunConfig, client: int, state_dir: Path) -> ClientData:
-    """Prepare a client, once per process and configuration."""
+    """Prepare a client, once per process and configuration; progress goes to the node's own terminal."""
+    if not _log.handlers:
+        _log.addHandler(logging.StreamHandler())
+        _log.setLevel(logging.INFO)
+        _log.propagate = False
 
     def progress(done: int, total: int) -> None:
-        log(INFO, "client %d: %d of %d synthetic images generated", client, done, total)
+        _log.info("client %d: %d of %d synthetic images generated", client, done, total)
 
     return prepare_client(config, client, cache_folder=state_dir / "cache", progress=progress)

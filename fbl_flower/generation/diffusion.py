@@ -102,7 +102,7 @@ class DiffusionGenerator:
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         x = torch.stack(noise).to(self._device)
         classes = torch.tensor(labels, device=self._device)
-        scheduler = DPMSolverMultistepScheduler(**_SCHEDULER)
+        scheduler: Any = DPMSolverMultistepScheduler(**_SCHEDULER)
         scheduler.set_timesteps(self._steps, device=self._device)
         for t in scheduler.timesteps:
             x = scheduler.step(self._velocity(x, t.expand(len(x)).float(), classes), t, x, return_dict=False)[0]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.recipe import NETWORK
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
 
 _GROUPS = 16  # of every group normalisation
 _HEAD = 32  # channels per attention head
@@ -52,11 +51,12 @@ def network_config(*, image_size: int, channels: int, num_classes: int, widths: 
     }
 
 
-def build_network(config: dict[str, Any]) -> UNet2DModel:
+def build_network(config: dict[str, Any]) -> nn.Module:
     """Build the network with weights from torch's global generator; fork it around this call."""
     from diffusers import UNet2DModel
 
-    return UNet2DModel.from_config(config)
+    network: nn.Module = UNet2DModel.from_config(config)
+    return network
 
 
 def read_network_config(folder: Path) -> dict[str, Any]:

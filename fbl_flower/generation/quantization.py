@@ -29,7 +29,7 @@ def quantize_(module: nn.Module, *, exclude: Sequence[str] = ("conv_in", "conv_o
         exclude: Layers that stay in float, as patterns over full names. The first and the last layer see pixels:
             quantising them costs more quality than all others together.
     """
-    from optimum.quanto import freeze, quantize
+    from optimum.quanto import freeze, quantize  # type: ignore[import-untyped]
 
     _work_without_compiler()
     quantize(module, weights="qint4", exclude=list(exclude))
@@ -59,7 +59,7 @@ def load_quantized(build: Callable[[], nn.Module], folder: Path, *, device: str 
     Raises:
         GeneratorError: A file is missing or truncated, or belongs to another network.
     """
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from optimum.quanto import requantize
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -81,7 +81,7 @@ def load_quantized(build: Callable[[], nn.Module], folder: Path, *, device: str 
     floats = [tensor.dtype for name, tensor in state.items() if name.endswith("bias")]
     foreign = f"generator: {folder / WEIGHTS} does not fit the network beside it"
     try:
-        module.to(floats[0])  # what was not quantised keeps the type it was saved in
+        nn.Module.to(module, floats[0])  # what was not quantised keeps the type it was saved in; diffusers' own `to` warns
         requantize(module, state, layers, device=torch.device(device))
     except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise GeneratorError(f"{foreign} ({type(error).__name__}: {error}); {_WAY_OUT}") from error
@@ -132,7 +132,7 @@ def _work_without_compiler() -> None:
     Reaches into a private name of quanto 0.2.7, its last release: elsewhere the compiler is simply needed.
     """
     try:
-        from optimum.quanto.library.extensions.cpp import ext
+        from optimum.quanto.library.extensions.cpp import ext  # type: ignore[import-untyped]
     except ImportError:
         return
     if getattr(ext, "_lib", True) is None:

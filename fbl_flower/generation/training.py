@@ -63,7 +63,7 @@ def train_generator(
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        network.save_config(folder)  # type: ignore[operator]  # diffusers' mixin
+        network.save_config(folder)  # type: ignore[operator]  # diffusers' own
         save_quantized(network, folder)
         info = GeneratorInfo(
             data_name=parts.info.name,
@@ -97,9 +97,8 @@ def fit_network(parts: DataParts, *, recipe: TrainingRecipe, progress: Callable[
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(recipe.seed, "generator", "weights"))
         network = build_network(config)
-    nn.init.zeros_(network.conv_out.weight)  # the first guess is no velocity at all
-    assert network.conv_out.bias is not None
-    nn.init.zeros_(network.conv_out.bias)
+    for parameter in network.get_submodule("conv_out").parameters():
+        nn.init.zeros_(parameter)  # the first guess is no velocity at all
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay

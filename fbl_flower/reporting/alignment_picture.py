@@ -51,7 +51,9 @@ def class_alignments(
         class_names: In the order of the labels.
     """
     if synthetic.shape != offsets.shape or real.shape[1:] != synthetic.shape[1:]:
-        raise ValueError(f"features: got {real.shape}, {synthetic.shape}, offsets {offsets.shape}; wanted [N, D], [M, D], [M, D]")
+        raise ValueError(
+            f"features: got {real.shape}, {synthetic.shape}, offsets {offsets.shape}; wanted [N, D], [M, D], [M, D]"
+        )
     rows = []
     for label, name in enumerate(class_names):
         of_real, of_synthetic = real_labels == label, synthetic_labels == label
@@ -107,7 +109,11 @@ def alignment_picture(
         _bars(left, rows)
         widest = sorted(rows, key=lambda row: -row.before)[:num_scattered]
         parts = [
-            (row, real[real_labels == row.label][:max_points], *_first(synthetic, offsets, synthetic_labels == row.label, max_points))
+            (
+                row,
+                real[real_labels == row.label][:max_points],
+                *_first(synthetic, offsets, synthetic_labels == row.label, max_points),
+            )
             for row in sorted(widest, key=lambda row: row.label)
         ]
         _scatter(right, parts, len(class_names))

@@ -1,7 +1,7 @@
 """The pictures of a run: accuracy curve, gallery, class counts. (The alignment picture has a module of its own.)
 
-Figures are made without pyplot, which keeps every figure in a global list. Matplotlib is imported when a picture is drawn: it costs
-a second, and a client never draws.
+Figures are made without pyplot, which keeps every figure in a global list. Matplotlib is imported when a picture is drawn: it
+costs a second, and a client never draws.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def accuracy_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw test accuracy and test loss against the round; the title states the final accuracy.
 
     Args:
-        metrics: One row for each evaluated round, in order, with `round`, `accuracy` (0 .. 1) and `loss`; round 0 is the initial
-            model. Other keys are not read.
+        metrics: One row for each evaluated round, in order, with `round`, `accuracy` (0 .. 1) and `loss`; round 0 is the
+            initial model. Other keys are not read.
         path: The PNG to write.
     """
     if not metrics:
@@ -36,8 +36,12 @@ def accuracy_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     percent = [100 * float(row["accuracy"]) for row in metrics]
     figure = new_figure(7.0, 5.0)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
-    top.plot(rounds, percent, color=REAL, marker="o", markersize=4 if len(rounds) <= 60 else 0, label="global model, whole test set")
-    top.set(ylabel="test accuracy (%)", ylim=(0, 102), title=f"Final test accuracy {percent[-1]:.1f} % after round {rounds[-1]}")
+    top.plot(
+        rounds, percent, color=REAL, marker="o", markersize=4 if len(rounds) <= 60 else 0, label="global model, whole test set"
+    )
+    top.set(
+        ylabel="test accuracy (%)", ylim=(0, 102), title=f"Final test accuracy {percent[-1]:.1f} % after round {rounds[-1]}"
+    )
     top.axhline(percent[-1], color=REAL, linewidth=0.8, linestyle=":", label=f"final: {percent[-1]:.1f} %")
     top.legend(loc="lower right", frameon=False)
     bottom.plot(rounds, [float(row["loss"]) for row in metrics], color=SYNTHETIC, label="cross-entropy")
@@ -73,7 +77,9 @@ def gallery(
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if len(tiles) == 0:
-                axes.text(0.5, 0.5, "no images", transform=axes.transAxes, ha="center", va="center", color="0.5", style="italic")
+                axes.text(
+                    0.5, 0.5, "no images", transform=axes.transAxes, ha="center", va="center", color="0.5", style="italic"
+                )
         row[0].set_ylabel(class_names[label], rotation=0, ha="right", va="center", fontsize=11)
     for axes, kind, examples in zip(rows[0], ("real", "synthetic"), (real, synthetic), strict=True):
         axes.set_title(f"{kind} (from {len(examples):,} images)", fontsize=12)
@@ -104,7 +110,9 @@ def class_counts(before: np.ndarray, kept: np.ndarray, filled: np.ndarray, class
     _stack(bottom, [(kept, ""), (filled, "////")])
     top.set(title=f"As the clients hold them: {before.sum():,} real images", ylabel="images")
     bottom.set(
-        title=f"Balanced: {kept.sum():,} real images kept, {filled.sum():,} synthetic ones added", ylabel="images", xlabel="client"
+        title=f"Balanced: {kept.sum():,} real images kept, {filled.sum():,} synthetic ones added",
+        ylabel="images",
+        xlabel="client",
     )
     bottom.set(xlim=(-0.6, num_clients - 0.4), ylim=(0, 1.05 * max(before.sum(1).max(), (kept + filled).sum(1).max(), 1)))
     bottom.set_xticks(range(0, num_clients, math.ceil(num_clients / 25)))
@@ -148,7 +156,14 @@ def _stack(axes: Any, parts: Sequence[tuple[np.ndarray, str]]) -> None:
         for counts, hatch in parts:
             faded = (*colour[:3], 0.35) if hatch else colour
             axes.bar(
-                range(num_clients), counts[:, label], bottom=floor, color=faded, hatch=hatch, edgecolor=colour, linewidth=0, width=0.8
+                range(num_clients),
+                counts[:, label],
+                bottom=floor,
+                color=faded,
+                hatch=hatch,
+                edgecolor=colour,
+                linewidth=0,
+                width=0.8,
             )
             floor = floor + counts[:, label]
     axes.grid(axis="y", **_GRID)

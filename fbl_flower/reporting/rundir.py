@@ -1,13 +1,13 @@
 """The run directory: everything that a run leaves behind.
 
-    config.toml          every setting of the run, as run-config keys
-    versions.json        Python and packages
-    metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count
-    timings.jsonl        one line a round, clock times
-    summary.json         status, final accuracy, what went wrong
-    checkpoint.safetensors   the last checkpoint: model, round
-    model.safetensors    the final model
-    *.png                pictures
+config.toml          every setting of the run, as run-config keys
+versions.json        Python and packages
+metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count
+timings.jsonl        one line a round, clock times
+summary.json         status, final accuracy, what went wrong
+checkpoint.safetensors   the last checkpoint: model, round
+model.safetensors    the final model
+*.png                pictures
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class RunDirectory:
         try:
             run.path.mkdir(parents=True)
         except OSError as error:
-            raise ConfigError([f"output-dir: cannot make {run.path} ({error.strerror}); choose a folder that can be written"]) from error
+            raise ConfigError(
+                [f"output-dir: cannot make {run.path} ({error.strerror}); choose a folder that can be written"]
+            ) from error
         (run.path / "config.toml").write_text(to_toml(flatten(config)))
         versions = {"python": platform.python_version()}
         for package in _PACKAGES:
@@ -146,7 +148,9 @@ class RunDirectory:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}
                 server_round = int(file.metadata()["server_round"])
         except FileNotFoundError as error:
-            raise StateError(f"resume: {self.path} has no checkpoint: the run ended before its first; start it again") from error
+            raise StateError(
+                f"resume: {self.path} has no checkpoint: the run ended before its first; start it again"
+            ) from error
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"resume: {path} is damaged ({error}); start the run again") from error
         return Checkpoint(server_round=server_round, embeddings=arrays.pop(_EMBEDDINGS, None), arrays=arrays)

@@ -1,0 +1,199 @@
+"""The command `fbl-flower`. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
+
+Only the configuration is imported at the top: help and bad input must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fbl_flower.config import surface
+from fbl_flower.errors import ConfigError, DataError, FBLError, GeneratorError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (default: this process's) and return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        with _terminated_like_interrupted():
+            return int(options.handler(options) or 0)
+    except (ConfigError, DataError, GeneratorError) as error:
+        print(f"fbl-flower: {error}", file=sys.stderr)
+        return 2
+    except FBLError as error:
+        print(f"fbl-flower: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fbl-flower: interrupted", file=sys.stderr)
+        return 130
+
+
+def configuration_table() -> str:
+    """Return the page of all settings, in Markdown."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every setting, in the order of `fbl_flower/config.py`; this page is what `fbl-flower config` prints. They are given as in",
+        "`flwr run . -c 'num-server-rounds=20 data.partition=\"iid\"'`: values are TOML, so text needs quotes of its own.",
+        "`fbl-flower run -c` takes the same, or TOML files.",
+        "",
+        "| key | default | allowed | meaning |",
+        "|---|---|---|---|",
+    ]
+    for setting in surface():
+        default = str(setting.default).lower() if isinstance(setting.default, bool) else setting.default
+        shown = f'`"{default}"`' if isinstance(default, str) and not isinstance(setting.default, bool) else f"`{default}`"
+        allowed = setting.allowed.replace(" | ", ", ")
+        lines.append(f"| `{setting.key}` | {shown} | {allowed} | {setting.help.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from fbl_flower.overrides import chosen_config
+
+    if options.engine == "local" and (options.nodes is not None or options.app is not None):
+        raise ConfigError(
+            ["--nodes, --app: only for --engine simulation; the local engine runs the installed package in this process"]
+        )
+    if options.nodes is not None and options.nodes < 1:
+        raise ConfigError([f"--nodes: got {options.nodes}; allowed: whole number >= 1"])
+    config, settings = chosen_config(options.config, resume=options.resume)
+    from fbl_flower.federation.preflight import preflight
+
+    preflight(config)
+    if options.engine == "local":
+        from fbl_flower.federation.local import run_local
+
+        outcome = run_local(settings, workers=num_cores())
+        print(f"run directory: {outcome.run_dir}")
+        return
+    import torch
+
+    from fbl_flower.simulation import run_simulation
+
+    gpu = config.device != "cpu" and torch.cuda.is_available()
+    run_simulation(settings, nodes=options.nodes or config.num_clients, app=options.app, gpu=gpu)
+
+
+def _config(_: argparse.Namespace) -> None:
+    print(configuration_table())
+
+
+def _generator(options: argparse.Namespace) -> None:
+    from fbl_flower import generator_commands
+
+    (generator_commands.train if options.action == "train" else generator_commands.quality)(options)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from fbl_flower import sweep
+
+    return sweep.sweep_command(files=options.files, seeds=options.seeds, num_jobs=options.jobs, out=options.out)
+
+
+def _superlink_stop(options: argparse.Namespace) -> None:
+    from fbl_flower.superlink import stop_superlink
+
+    print(stop_superlink(force=options.force))
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Read whole numbers >= 0 between commas."""
+    found = tuple(int(part) for part in text.split(","))
+    if min(found) < 0 or len(set(found)) < len(found):
+        raise ValueError(text)
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fbl-flower", description="Federated Balanced Learning on Flower.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="validate the settings, run a federation, show its progress, tell whether it worked")
+    _add_config(run)
+    run.add_argument(
+        "--engine", choices=("simulation", "local"), default="simulation", help="Flower's simulation, or this process"
+    )
+    run.add_argument("--nodes", type=int, metavar="N", help="virtual SuperNodes of the simulation (default: num-clients)")
+    run.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with a killed run; -c may then only raise num-server-rounds"
+    )
+    run.add_argument("--app", type=Path, metavar="DIR", help="another directory with the Flower app")
+    run.set_defaults(handler=_run)
+
+    config = commands.add_parser("config", help="print every setting as a Markdown table")
+    config.set_defaults(handler=_config)
+
+    generator = commands.add_parser("generator", help="train a generator on the public part, or measure one")
+    actions = generator.add_subparsers(required=True, metavar="ACTION", dest="action")
+    train = actions.add_parser("train", help="train one and write its folder")
+    train.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: ./DATA-SIZEpx)")
+    train.add_argument("--steps", type=int, help="optimiser steps")
+    train.add_argument("--batch-size", type=int, help="images per step")
+    train.add_argument("--learning-rate", type=float, help="peak of the step size")
+    train.add_argument("--widths", type=numbers, help="channels at each resolution, such as 64,96")
+    train.add_argument("--seed", type=int, default=0, help="of the weights and every draw")
+    quality = actions.add_parser("quality", help="accuracy, diversity, and distance to the training images, as a table")
+    quality.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="the generator (default: the bundled one)")
+    quality.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="such as 0,1,2")
+    quality.add_argument("--evaluate-on", choices=("test", "validation"), default="test", help="the real images that judge")
+    quality.add_argument("--epochs", type=int, default=20, help="of the classifiers that measure")
+    for action in (train, quality):
+        action.add_argument("--data", default="mnist5k", metavar="NAME", help="data set (default: mnist5k)")
+        action.add_argument("--data-path", metavar="FILE", help="its parquet file, if it needs one")
+        action.add_argument(
+            "--image-size", type=int, metavar="N", help="height and width in pixels (default: the data set's own)"
+        )
+        action.add_argument("--threads", type=int, default=num_cores(), help="torch's threads (default: all cores)")
+        _add_config(action)
+        action.set_defaults(handler=_generator)
+
+    sweep = commands.add_parser(
+        "sweep", help="run the rows of a results table, each in processes of its own, and write the table"
+    )
+    sweep.add_argument("files", nargs="+", type=Path, metavar="FILE.toml", help="rows, or folders of rows")
+    sweep.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="such as 0,1,2 (the default)")
+    sweep.add_argument("--jobs", type=int, default=num_cores(), help="processes at a time (default: all cores)")
+    sweep.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="results and table (default: results)")
+    sweep.set_defaults(handler=_sweep)
+
+    superlink = commands.add_parser("superlink", help="the background SuperLink that `flwr run` leaves behind")
+    stop = superlink.add_subparsers(required=True, metavar="ACTION").add_parser("stop", help="stop it")
+    stop.add_argument("--force", action="store_true", help="also if runs are active; they are stopped first")
+    stop.set_defaults(handler=_superlink_stop)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-c", "--config", action="append", default=[], metavar="'KEY=VALUE ...'", help="settings as TOML values, or a TOML file"
+    )
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let a SIGTERM clean up as Ctrl-C does: a run or a child process must not outlive its command."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""`fbl-flower generator train` and `fbl-flower generator quality`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from fbl_flower.config import RunConfig, Value, parse_config
+from fbl_flower.data.batches import to_float
+from fbl_flower.data.datasets import load_parts
+from fbl_flower.data.examples import Examples
+from fbl_flower.errors import ConfigError
+from fbl_flower.generation.loading import generator_folder, load_generator
+from fbl_flower.generation.quality import Classifier, measure_quality
+from fbl_flower.generation.recipe import TrainingRecipe
+from fbl_flower.generation.training import train_generator
+from fbl_flower.overrides import read_overrides
+from fbl_flower.training.central import train_centrally
+
+_BATCH = 250  # images that a measuring classifier sees at once
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train a generator on the public part and write its folder."""
+    parts = load_parts(_configuration(options).data)
+    torch.set_num_threads(options.threads)
+    asked = {name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate", "widths", "seed")}
+    recipe = TrainingRecipe(**{name: value for name, value in asked.items() if value is not None})
+    out = options.out or Path(f"{parts.info.name}-{parts.image_size}px")
+    print(f"training on the {len(parts.public)} public images of {parts.info.name}", flush=True)
+    info = train_generator(parts, recipe=recipe, out=out, progress=lambda line: print(line, flush=True))
+    print(f"{out}: trained in {info.wall_seconds:.0f} s ({info.cpu_seconds:.0f} s of processor time)")
+
+
+def quality(options: argparse.Namespace) -> None:
+    """Measure a generator and print the table."""
+    config = _configuration(options, folder=options.folder)
+    if options.epochs < 1:
+        raise ConfigError([f"--epochs: got {options.epochs}; allowed: whole number >= 1"])
+    parts = load_parts(config.data)
+    torch.set_num_threads(options.threads)
+    folder = generator_folder(config, parts)
+
+    def train_classifier(examples: Examples, seed: int) -> Classifier:
+        model = train_centrally(config, parts, examples, epochs=options.epochs, seed=seed).eval()
+        device = next(model.parameters()).device
+
+        @torch.no_grad()
+        def features(images: torch.Tensor) -> torch.Tensor:
+            batches = torch.split(images, _BATCH)
+            return torch.cat([model.features(to_float(batch.to(device))).float().cpu() for batch in batches])
+
+        @torch.no_grad()
+        def predict(images: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = model.head(features(images).to(device))
+            return logits.cpu()
+
+        return Classifier(predict=predict, features=features)
+
+    start = time.perf_counter()
+    measured = measure_quality(
+        load_generator(config, parts),
+        parts,
+        train_classifier=train_classifier,
+        seeds=options.seeds,
+        evaluate_on=options.evaluate_on,
+        num_bytes=sum(file.stat().st_size for file in folder.iterdir()) if config.generator.name == "diffusion" else None,
+    )
+    print(measured.as_markdown())
+    print(f"\nmeasured in {time.perf_counter() - start:.0f} s")
+
+
+def _configuration(options: argparse.Namespace, *, folder: Path | None = None) -> RunConfig:
+    """Put the options of a generator command into a configuration."""
+    settings: dict[str, Value] = {"data.name": options.data} | read_overrides(options.config)
+    if options.data_path is not None:
+        settings["data.path"] = options.data_path
+    if options.image_size is not None:
+        settings["data.image-size"] = options.image_size
+    if folder is not None:
+        settings["generator.path"] = str(folder)
+    problems = [] if options.threads >= 1 else [f"--threads: got {options.threads}; allowed: whole number >= 1"]
+    try:
+        config = parse_config(settings)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from error
+    if problems:
+        raise ConfigError(problems)
+    return config

@@ -1,0 +1,79 @@
+"""What several tests need: a small data set in a parquet file, quick settings, and a grid that records what passes through it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from flwr.app import Message
+from flwr.serverapp import Grid
+from PIL import Image
+
+
+def write_parquet(path: Path, labels: np.ndarray, *, num_test: int = 40, seed: int = 0) -> Path:
+    """Write 32x32 images: the class shows as brightness, so that a small network can learn it."""
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([labels, np.arange(num_test) % 10])
+    blobs = []
+    for label in labels:
+        pixels = np.clip(rng.normal(20 + 22 * label, 12, (32, 32, 3)), 0, 255).astype(np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        blobs.append(stream.getvalue())
+    split = ["train"] * (len(labels) - num_test) + ["test"] * num_test
+    pq.write_table(pa.table({"image": blobs, "label": labels.astype(np.int32), "split": split}), path)
+    return path
+
+
+def quick(tmp_path: Path, **overrides: Any) -> dict[str, Any]:
+    """Return run-config keys of a federation that takes seconds: digits, the tiny model, real public images as filling."""
+    return {
+        "data.name": "digits",
+        "data.num-private": 300,
+        "model.name": "tiny",
+        "generator.name": "public-images",
+        "num-clients": 4,
+        "num-server-rounds": 3,
+        "train.epochs": 1,
+        "output-dir": str(tmp_path / "runs"),
+        "state-dir": str(tmp_path / "state"),
+    } | {key.replace("__", ".").replace("_", "-"): value for key, value in overrides.items()}
+
+
+class RecordingGrid(Grid):
+    """Passes everything on to another grid and remembers every message and reply."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.messages: list[Message] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        self.messages += messages
+        return self.grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(self.grid.pull_messages(message_ids))
+        self.messages += replies
+        return replies
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.grid.get_node_ids()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise AssertionError("the server uses push and pull")
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise AssertionError("the server makes its messages itself")
+
+    def set_run(self, run: Any) -> None:
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self.grid.run

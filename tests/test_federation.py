@@ -1,0 +1,262 @@
+"""The federation in one process: the same server and clients as in Flower's simulation."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from helpers import quick
+from safetensors.numpy import load_file
+
+from fbl_flower.config import parse_config
+from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
+from fbl_flower.federation import client, server
+from fbl_flower.federation.exchange import ask
+from fbl_flower.federation.local import LocalGrid, run_local
+from fbl_flower.federation.wire import Reply, Request, code_fingerprint
+from fbl_flower.reporting.rundir import RunDirectory
+
+
+@pytest.fixture(autouse=True)
+def _forget_clients() -> None:
+    """A process remembers prepared clients by their configuration; each test has folders of its own, so only tidiness asks for this."""
+    client._client_data.cache_clear()
+
+
+def metrics(run_dir: Path) -> bytes:
+    return (run_dir / "metrics.jsonl").read_bytes()
+
+
+def test_run_directory_holds_everything(tmp_path: Path) -> None:
+    outcome = run_local(quick(tmp_path, num_server_rounds=6, train__epochs=2))
+    names = {p.name for p in outcome.run_dir.iterdir()}
+    assert names == {
+        "config.toml", "versions.json", "metrics.jsonl", "timings.jsonl", "summary.json", "checkpoint.safetensors",
+        "model.safetensors", "accuracy.png", "gallery.png", "alignment.png", "alignment.json", "class_counts.png",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in metrics(outcome.run_dir).splitlines()]
+    assert [row["round"] for row in rows] == list(range(7))
+    assert outcome.summary["status"] == "completed"
+    assert outcome.summary["final_accuracy"] == rows[-1]["accuracy"]
+    assert all(len(row["clients"]) == 2 and row["num_examples"] == row["num_real"] for row in rows[1:])
+    model = load_file(outcome.run_dir / "model.safetensors")
+    assert all(np.isfinite(a).all() for a in model.values())
+
+
+def test_same_seed_same_bytes_whatever_runs_in_parallel(tmp_path: Path) -> None:
+    one = run_local(quick(tmp_path / "a"), workers=1)
+    two = run_local(quick(tmp_path / "b"), workers=3, num_nodes=2)  # other folders, threads and nodes
+    assert metrics(one.run_dir) == metrics(two.run_dir)
+    other = run_local(quick(tmp_path / "c", seed=1))
+    assert metrics(one.run_dir) != metrics(other.run_dir)
+
+
+def test_second_run_generates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_local(quick(tmp_path))
+    client._client_data.cache_clear()
+    from fbl_flower.generation.public import PublicImages
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("an image was generated again")
+
+    monkeypatch.setattr(PublicImages, "generate", never)
+    assert run_local(quick(tmp_path)).summary["status"] == "completed"
+
+
+def test_resumed_run_ends_with_the_metrics_of_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = quick(tmp_path, num_server_rounds=7, checkpoint_every=2, balancing__replay_period=2)
+    unbroken = run_local(settings)
+    append = RunDirectory.append
+
+    def dies_in_round_6(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
+        if row["round"] == 6:
+            raise KeyboardInterrupt
+        append(self, name, row)
+
+    monkeypatch.setattr(RunDirectory, "append", dies_in_round_6)
+    with pytest.raises(KeyboardInterrupt):
+        run_local(settings)
+    monkeypatch.undo()
+    (killed,) = [p for p in (tmp_path / "runs").iterdir() if p != unbroken.run_dir]
+    assert json.loads((killed / "summary.json").read_text())["status"] == "failed"
+    assert len(metrics(killed).splitlines()) == 6  # rounds 0 to 5, of which 5 is after the last checkpoint
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 6, "accu')  # a kill in the middle of a line
+    resumed = run_local(settings | {"resume": str(killed)})
+    assert resumed.run_dir == killed
+    assert metrics(killed) == metrics(unbroken.run_dir)
+    for name, array in load_file(unbroken.run_dir / "model.safetensors").items():
+        np.testing.assert_array_equal(array, load_file(killed / "model.safetensors")[name])
+
+
+def test_resume_refuses_other_settings_and_damaged_checkpoints(tmp_path: Path) -> None:
+    done = run_local(quick(tmp_path))
+    with pytest.raises(ConfigError, match=r"train\.learning-rate: got 0\.5; the run to resume has 0\.05"):
+        run_local(quick(tmp_path, resume=str(done.run_dir), train__learning_rate=0.5))
+    with pytest.raises(StateError, match="is not the directory of a run"):
+        run_local(quick(tmp_path, resume=str(tmp_path / "nowhere")))
+    checkpoint = done.run_dir / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(StateError, match="checkpoint.safetensors is damaged"):
+        run_local(quick(tmp_path, resume=str(done.run_dir), num_server_rounds=5))
+
+
+def test_balancing_switched_off_is_fedavg_bit_for_bit(tmp_path: Path) -> None:
+    off = {"balancing__filling": False, "balancing__sampling": "none", "balancing__alignment": False}
+    fedavg = run_local(quick(tmp_path / "a", balancing__enabled=False))
+    nothing = run_local(quick(tmp_path / "b", **off))
+    assert metrics(fedavg.run_dir) == metrics(nothing.run_dir)
+
+
+def test_empty_and_one_sample_clients_take_part(tmp_path: Path) -> None:
+    outcome = run_local(
+        quick(tmp_path, data__num_private=12, num_clients=8, data__alpha=0.05, fraction_train=1.0, seed=3)
+    )
+    config = parse_config(quick(tmp_path, data__num_private=12, num_clients=8, data__alpha=0.05, seed=3))
+    from fbl_flower.data.datasets import load_parts
+    from fbl_flower.data.partition import partition
+
+    sizes = [len(p) for p in partition(load_parts(config.data).private.labels.numpy(), config)]
+    assert 0 in sizes and 1 in sizes
+    assert outcome.summary["status"] == "completed" and outcome.summary["left_out"] == {}
+
+
+def _federate(tmp_path: Path, app: ClientApp, **overrides: Any) -> Path:
+    config = quick(tmp_path, fraction_train=1.0, **overrides)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    with LocalGrid(app, num_nodes=4, run_config=config) as grid:
+        server.app(grid, context)
+    return Path(str(context.state.config_records["run"]["directory"]))
+
+
+def _app(train: Any) -> ClientApp:
+    """A ClientApp that trains in its own way."""
+    app = ClientApp()
+    app.query("describe")(client.describe)
+    app.train("prepare")(client.prepare)
+    app.train()(train)
+    return app
+
+
+def test_a_client_that_is_not_finite_is_left_out_and_named(tmp_path: Path) -> None:
+    def train(message: Message, context: Context) -> Message:
+        request = Request.from_record(message.content)
+        value = float("nan") if request.client == 2 else 1.0
+        arrays = {name: np.full_like(a, value) for name, a in request.arrays.items()}
+        return Message(Reply(arrays=arrays, num_examples=3, num_real=3, loss=0.1, seconds=0.0).to_record(), reply_to=message)
+
+    run_dir = _federate(tmp_path, _app(train))
+    row = json.loads(metrics(run_dir).splitlines()[-1])
+    assert row["clients"] == [0, 1, 3] and row["left_out"] == {"2": "its model or its loss is not finite"}
+    assert all((a == 1).all() for a in load_file(run_dir / "model.safetensors").values())
+    assert set(json.loads((run_dir / "summary.json").read_text())["left_out"]) == {"1", "2", "3"}
+
+
+def test_a_round_without_success_fails_the_run_with_the_reasons(tmp_path: Path) -> None:
+    def train(message: Message, context: Context) -> Message:
+        raise MemoryError(f"node {context.node_id}")
+
+    with pytest.raises(RunFailed, match="round 1: no client succeeded: client 0: node 1; client 1: node 2"):
+        _federate(tmp_path, _app(train))
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "failed" and "client 3: node 4" in summary["reason"]
+
+
+def test_a_client_that_does_not_answer_is_left_out(tmp_path: Path) -> None:
+    forever = threading.Event()
+
+    def train(message: Message, context: Context) -> Message:
+        request = Request.from_record(message.content)
+        if request.client == 3:
+            forever.wait(10)
+        return Message(
+            Reply(arrays=request.arrays, num_examples=1, num_real=1, loss=0.0, seconds=0.0).to_record(), reply_to=message
+        )
+
+    config = quick(tmp_path, fraction_train=1.0, num_server_rounds=1, timeout=1.5, balancing__enabled=False)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    with LocalGrid(_app(train), num_nodes=4, run_config=config, workers=4) as grid:
+        server.app(grid, context)
+        forever.set()
+    run_dir = Path(str(context.state.config_records["run"]["directory"]))
+    assert json.loads(metrics(run_dir).splitlines()[-1])["left_out"] == {"3": "no answer within 1.5 s"}
+
+
+def test_nodes_that_run_other_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fbl_flower.federation.client.code_fingerprint", lambda: "another checkout")
+    with pytest.raises(RunFailed, match="runs other code than the server.*superlink stop"):
+        run_local(quick(tmp_path))
+    with pytest.raises(RunFailed, match="did not describe themselves as FBL clients"):
+        _federate(tmp_path, ClientApp())
+
+
+def test_a_client_tells_the_server_only_the_public_half_of_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise FBLError("no image of class 7", public="the fill failed")
+
+    monkeypatch.setattr("fbl_flower.federation.client.prepare_client", broken)
+    with pytest.raises(RunFailed) as failure:
+        run_local(quick(tmp_path))
+    assert "the fill failed" in str(failure.value) and "class 7" not in str(failure.value)
+    assert "no image of class 7" in (tmp_path / "state" / "client-errors.log").read_text()
+
+
+def test_averaged_embeddings_go_round(tmp_path: Path) -> None:
+    settings = quick(tmp_path, balancing__average_embeddings=True, checkpoint_every=1, num_server_rounds=2)
+    outcome = run_local(settings)
+    checkpoint = load_file(outcome.run_dir / "checkpoint.safetensors")
+    assert checkpoint["alignment-embeddings"].shape == (10, 32)
+    assert np.abs(checkpoint["alignment-embeddings"]).max() > 0
+    longer = run_local(settings | {"num-server-rounds": 3, "resume": str(outcome.run_dir)})
+    straight = run_local(settings | {"num-server-rounds": 3})
+    assert metrics(longer.run_dir) == metrics(straight.run_dir)
+
+
+def test_wire_round_trip_keeps_names_dtypes_and_numbers() -> None:
+    arrays = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(7, dtype=np.int64)}
+    request = Request(run="r", client=3, server_round=4, checkpoint_round=2, arrays=arrays, embeddings=np.ones((2, 2), np.float32))
+    back = Request.from_record(request.to_record())
+    assert (back.run, back.client, back.server_round, back.checkpoint_round) == ("r", 3, 4, 2)
+    for name in arrays:
+        np.testing.assert_array_equal(back.arrays[name], arrays[name])
+        assert back.arrays[name].dtype == arrays[name].dtype
+    np.testing.assert_array_equal(back.embeddings, np.ones((2, 2)))
+    reply = Reply(arrays=arrays, num_examples=5, num_real=4, loss=0.25, seconds=1.5)
+    assert Reply.from_record(reply.to_record()).loss == 0.25
+    assert set(reply.to_record().metric_records["metrics"]) == {"num-examples", "num-real", "train-loss", "seconds"}
+
+
+def test_choose_clients_depends_on_seed_and_round_only() -> None:
+    config = parse_config({"num-clients": 10})
+    rounds = [server.choose_clients(config, list(range(10)), r) for r in range(1, 40)]
+    assert all(len(set(r)) == 5 and r == sorted(r) for r in rounds)
+    assert {k for r in rounds for k in r} == set(range(10))
+    assert rounds[0] == server.choose_clients(config, list(range(10)), 1)
+
+
+def test_ask_reports_each_answer_and_keeps_order() -> None:
+    app = ClientApp()
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            raise ValueError("no")
+        return Message(RecordDict(), reply_to=message)
+
+    seen: list[tuple[int, int]] = []
+    with LocalGrid(app, num_nodes=3, run_config={}) as grid:
+        requests = {node: (node, RecordDict()) for node in (1, 2, 3)}
+        answers = ask(grid, requests, "query.describe", timeout=10, progress=lambda a, b: seen.append((a, b)))
+    assert list(answers.contents) == [1, 3] and answers.failures == {2: "no"}
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_fingerprint_is_of_this_code() -> None:
+    assert len(code_fingerprint()) == 64 and code_fingerprint() == code_fingerprint()

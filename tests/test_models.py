@@ -1,0 +1,106 @@
+"""Classifiers: stems, norms, shapes, and where their random weights come from."""
+
+import pytest
+import torch
+from torch import nn
+
+from fbl_flower.config import ModelConfig
+from fbl_flower.models import Classifier, empty_classifier, new_classifier
+from fbl_flower.params import to_arrays
+
+
+def meta(*, channels: int = 3, num_classes: int = 10, **config: str) -> Classifier:
+    return empty_classifier(ModelConfig(**config), channels=channels, num_classes=num_classes)
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("batch", nn.BatchNorm2d), ("group", nn.GroupNorm)])
+@pytest.mark.parametrize(
+    ("stem", "channels", "first", "num"),
+    [
+        ("imagenet", 3, (64, 3, 7, 7), 11_181_642),  # 11,689,512 of the 1000-class net - 990 * 513
+        ("imagenet", 1, (64, 1, 7, 7), 11_175_370),  # 2 * 64 * 49 fewer
+        ("32x32", 3, (64, 3, 3, 3), 11_173_962),  # 3 * 64 * (49 - 9) fewer
+        ("32x32", 1, (64, 1, 3, 3), 11_172_810),
+    ],
+)
+def test_resnet18(norm: str, kind: type[nn.Module], stem: str, channels: int, first: tuple[int, ...], num: int) -> None:
+    model = meta(name="resnet18", stem=stem, norm=norm, channels=channels)
+    assert model.features.conv1.weight.shape == first
+    assert num_parameters(model) == num
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
+    assert len(norms) == 20 and all(isinstance(m, kind) for m in norms)
+    assert model.width == 512
+    images = torch.zeros(2, channels, 32, 32, device="meta")
+    assert model.features(images).shape == (2, 512)
+    assert model(images).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("stem", "side"), [("imagenet", 8), ("32x32", 32)])
+def test_the_stem_decides_the_resolution_of_a_small_image(stem: str, side: int) -> None:
+    """7x7/2 and max-pool/2 leave 8 of 32 pixels; the 3x3/1 stem leaves all."""
+    model = meta(name="resnet18", stem=stem)
+    shapes = []
+    model.features.layer1.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
+    model(torch.zeros(1, 3, 32, 32, device="meta"))
+    assert shapes == [(1, 64, side, side)]
+
+
+@pytest.mark.parametrize(("channels", "num_classes", "num"), [(1, 10, 160 + 4640 + 330), (3, 7, 448 + 4640 + 231)])
+def test_tiny(channels: int, num_classes: int, num: int) -> None:
+    """Convolutions of (channels * 9 + 1) * 16 and (16 * 9 + 1) * 32 numbers, head of (32 + 1) * classes."""
+    model = meta(name="tiny", channels=channels, num_classes=num_classes)
+    assert num_parameters(model) == num
+    for side in (8, 28, 33):
+        assert model(torch.zeros(5, channels, side, side, device="meta")).shape == (5, num_classes)
+
+
+def test_logits_are_the_head_of_the_features() -> None:
+    model = new_classifier(ModelConfig(name="tiny"), channels=1, num_classes=10, seed=0)
+    images = torch.rand(4, 1, 8, 8)
+    assert torch.equal(model(images), model.features(images) @ model.head.weight.T + model.head.bias) or torch.allclose(
+        model(images), model.features(images) @ model.head.weight.T + model.head.bias, atol=1e-6
+    )
+
+
+def test_batch_statistics_are_among_the_arrays_and_group_norm_has_none() -> None:
+    batch = new_classifier(ModelConfig(name="resnet18", norm="batch"), channels=1, num_classes=10, seed=0)
+    arrays = to_arrays(batch.state_dict())
+    for end, dtype, count in (
+        ("running_mean", "float32", 20),
+        ("running_var", "float32", 20),
+        ("num_batches_tracked", "int64", 20),
+    ):
+        found = [array for name, array in arrays.items() if name.endswith(end)]
+        assert len(found) == count and {str(array.dtype) for array in found} == {dtype}
+    assert arrays["features.bn1.running_var"].tolist() == [1.0] * 64
+    assert not [name for name in meta(name="resnet18", norm="group").state_dict() if "running" in name or "tracked" in name]
+
+
+def test_weights_follow_from_the_seed_alone_and_the_global_generator_is_left_alone() -> None:
+    def make(seed: int) -> dict[str, torch.Tensor]:
+        return new_classifier(ModelConfig(name="tiny"), channels=1, num_classes=10, seed=seed).state_dict()
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = make(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    again, other = make(0), make(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+    state = torch.get_rng_state()
+    assert meta(name="tiny").head.weight.is_meta
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_empty_classifier_takes_the_weights_of_another() -> None:
+    full = new_classifier(ModelConfig(name="tiny"), channels=3, num_classes=10, seed=0)
+    empty = meta(name="tiny")
+    assert empty.state_dict().keys() == full.state_dict().keys()
+    empty.load_state_dict(full.state_dict(), assign=True)
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(empty(images), full(images))
