@@ -75,7 +75,8 @@ def quality(options: argparse.Namespace) -> None:
 
 def _configuration(options: argparse.Namespace, *, folder: Path | None = None) -> RunConfig:
     """Put the options of a generator command into a configuration."""
-    settings: dict[str, Value] = {"data.name": options.data} | read_overrides(options.config)
+    # How many of the images are the clients' does not matter here: the public part is cut first.
+    settings: dict[str, Value] = {"data.name": options.data, "data.num-private": -1} | read_overrides(options.config)
     if options.data_path is not None:
         settings["data.path"] = options.data_path
     if options.image_size is not None:

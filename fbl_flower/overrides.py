@@ -21,7 +21,8 @@ _MAY_CHANGE_ON_RESUME = "num-server-rounds"
 def read_overrides(arguments: Sequence[str]) -> dict[str, Value]:
     """Read the arguments of `-c`: pairs `key=value` with TOML values, or TOML files; a later one wins.
 
-    Flower takes one file or pairs, and skips over text that is no pair; here both may be mixed, and such text is an error.
+    Flower takes one file or pairs, skips over text that is no pair, and of several `-c` with keys of one table (`data.`) keeps
+    only the last one's. Here files and pairs may be mixed, such text is an error, and no key is lost.
 
     Raises:
         ConfigError: Lists every piece that is no pair, every value that is no TOML, and every file that cannot be read.

@@ -14,11 +14,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fbl_flower.config import Value, flatten, parse_config
+from fbl_flower.config import RunConfig, Value, flatten, parse_config
 from fbl_flower.errors import ConfigError, FBLError, RunFailed
 from fbl_flower.experiments import Row, read_rows
 from fbl_flower.reporting.results_table import TableLine, as_csv, as_markdown
@@ -59,9 +59,10 @@ def sweep_command(*, files: Sequence[Path], seeds: Sequence[int], num_jobs: int,
     problems = []
     for row in rows:
         try:
-            preflight(row.config)
+            preflight(_what_it_needs(row))
         except FBLError as error:
-            problems.append(f"{row.file}: {error}")
+            found = error.problems if isinstance(error, ConfigError) else [str(error)]
+            problems += [f"{row.file}: {problem}" for problem in found]
     if problems:
         raise ConfigError(problems)
     failed = run_sweep(rows, seeds, out=out, num_jobs=num_jobs)
@@ -146,7 +147,7 @@ def run_one(row: Row, seed: int) -> dict[str, Any]:
         accuracy = {str(config.num_server_rounds): run_central(config, "public" if row.kind == "public-only" else "synthetic")}
     if str(config.num_server_rounds) not in accuracy:
         raise RunFailed(
-            f"{row.file}, seed {seed}: wanted the accuracy of round {config.num_server_rounds}; got rounds {', '.join(accuracy)}"
+            f"{row.file}, seed {seed}: wanted the accuracy of round {config.num_server_rounds}; got {', '.join(accuracy)}"
         )
     seconds = round(time.perf_counter() - begin, 1)
     return {
@@ -174,6 +175,16 @@ def _lines(row: Row, seeds: Sequence[int], out: Path) -> list[TableLine]:
         )
         for number in row.report_rounds
     ]
+
+
+def _what_it_needs(row: Row) -> RunConfig:
+    """Return the configuration to check before the start: one that needs a generator exactly if the row does."""
+    if row.kind == "federation":
+        return row.config
+    balancing, warm_start = replace(row.config.balancing, enabled=False), replace(row.config.warm_start, enabled=False)
+    if row.kind == "synthetic-only":
+        warm_start = replace(warm_start, enabled=True)
+    return replace(row.config, balancing=balancing, warm_start=warm_start)
 
 
 def _start(job: Job) -> Process:

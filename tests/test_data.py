@@ -299,7 +299,7 @@ def test_a_truncated_parquet_file(tmp_path: Path, keep: float) -> None:
     config = write(path, good_table())
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(DataError, match="cut.parquet is not a whole parquet file"):
+    with pytest.raises(DataError, match=r"cut\.parquet is not a whole parquet file"):
         load_parts(config)
 
 
@@ -312,7 +312,7 @@ def test_a_missing_parquet_file(tmp_path: Path) -> None:
 
 def test_more_test_images_than_the_test_split_has(tmp_path: Path) -> None:
     write(tmp_path / "x.parquet", good_table())
-    with pytest.raises(ConfigError, match="data.num-test: got 11; the test split of cifar10 has 10 images"):
+    with pytest.raises(ConfigError, match=r"data\.num-test: got 11; the test split of cifar10 has 10 images"):
         load_parts(DataConfig(name="cifar10", path=str(tmp_path / "x.parquet"), num_test=11, num_public=5, num_private=5))
 
 

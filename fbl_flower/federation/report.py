@@ -12,6 +12,7 @@ from fbl_flower.balancing.state import BalancingState, StateStore
 from fbl_flower.config import RunConfig
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import Examples, concatenate
+from fbl_flower.errors import StateError
 from fbl_flower.federation.client import state_folder
 from fbl_flower.params import Arrays
 from fbl_flower.reporting.alignment_picture import alignment_picture
@@ -40,7 +41,7 @@ def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays) -> None:
     parts = load_parts(config.data)
     names = parts.info.class_names
     clients = [prepare_client(config, k, cache_folder=state_dir / "cache") for k in range(config.num_clients)]
-    states = [StateStore(state_folder(state_dir, run.identity, k)).newest() for k in range(config.num_clients)]
+    states = [_newest_state(state_folder(state_dir, run.identity, k)) for k in range(config.num_clients)]
     filled = np.stack([c.fill.counts(len(names)).numpy() for c in clients])
     before = np.stack([c.real.counts(len(names)).numpy() for c in clients])
     kept = np.stack([c.plan.keep if c.plan else b for c, b in zip(clients, before, strict=True)])
@@ -51,6 +52,14 @@ def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays) -> None:
     gallery(parts.private, synthetic, names, run.path / "gallery.png")
     if config.balancing.alignment:
         _write_alignment(run, config, parts, arrays, clients, states)
+
+
+def _newest_state(folder: Path) -> BalancingState | None:
+    """Return what a client last knew; a damaged state was reported when the client failed over it."""
+    try:
+        return StateStore(folder).newest()
+    except StateError:
+        return None
 
 
 def _write_alignment(

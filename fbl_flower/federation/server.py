@@ -233,7 +233,10 @@ class _Federation:
                 "seconds": seconds,
             },
         )
-        write_report(self.run_dir, self.config, point.arrays)
+        try:
+            write_report(self.run_dir, self.config, point.arrays)
+        except (FBLError, OSError) as error:  # the run itself is whole
+            log(WARNING, "Not every picture could be drawn: %s", error)
         log(INFO, "Final accuracy on %d test images: %.2f %%", len(self.parts.test), 100 * rows[-1]["accuracy"])
         if left_out or unprepared:
             log(WARNING, "Clients failed in this run; summary.json names them")

@@ -1,0 +1,170 @@
+"""From configuration to generator: every misfit is named, and the bundled generators are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_generation_support import tiny_generator
+
+from fbl_flower.config import parse_config
+from fbl_flower.data.datasets import load_parts
+from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.diffusion import DiffusionGenerator
+from fbl_flower.generation.loading import bundled_generator, check_generator, generator_folder, load_generator
+from fbl_flower.generation.public import PublicImages
+from fbl_flower.generation.quantization import WEIGHTS
+from fbl_flower.generation.recipe import check_files, read_info
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return tiny_generator(tmp_path_factory.mktemp("generator"))
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "copy")
+
+
+def configure(folder, **keys):
+    base = {"data.name": "digits", "data.num-private": 500, "generator.path": str(folder)}
+    config = parse_config(base | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
+    return config, load_parts(config.data)
+
+
+def test_the_configured_generator_is_loaded(folder):
+    config, parts = configure(folder, generator__steps=3, generator__batch_size=5)
+    assert check_generator(config, parts) == []
+    generator = load_generator(config, parts)
+    assert isinstance(generator, DiffusionGenerator)
+    direct = DiffusionGenerator.load(folder, steps=3, guidance=config.generator.guidance, batch_size=5)
+    assert generator.fingerprint == direct.fingerprint
+    assert torch.equal(generator.generate([1], [2]), direct.generate([1], [2]))
+
+
+def refused(config, parts, *messages):
+    """Both ways to check find the same problems."""
+    problems = "\n".join(check_generator(config, parts))
+    with pytest.raises(GeneratorError) as caught:
+        load_generator(config, parts)
+    assert str(caught.value) == problems
+    for message in messages:
+        assert message in problems
+
+
+def test_a_missing_folder(folder):
+    refused(*configure(folder / "gone"), f"no folder at {folder / 'gone'}", "correct generator.path")
+
+
+def test_a_folder_of_something_else(tmp_path):
+    refused(*configure(tmp_path), f"{tmp_path} holds no recipe.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 2}'])
+def test_a_damaged_recipe(folder, text):
+    (folder / "recipe.json").write_text(text)
+    refused(*configure(folder), f"{folder / 'recipe.json'} is damaged", "copy or train the generator again")
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_size": "8"}, {"files": {}}, {"training": {}}, {"class_names": None}, {"surprise": 1}]
+)
+def test_a_recipe_with_a_wrong_entry(folder, change):
+    raw = json.loads((folder / "recipe.json").read_text())
+    (folder / "recipe.json").write_text(json.dumps(raw | change))
+    refused(*configure(folder), f"{folder / 'recipe.json'} is damaged")
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "quanto_qmap.json"])
+def test_a_damaged_or_missing_file(folder, name):
+    blob = bytearray((folder / name).read_bytes())
+    blob[len(blob) // 2] ^= 1
+    (folder / name).write_bytes(blob)
+    refused(*configure(folder), f"{folder / name} is damaged: its sha256 is")
+    (folder / name).unlink()
+    refused(*configure(folder), f"{folder / name} is missing")
+    with pytest.raises(GeneratorError, match=f"{name} is missing"):
+        DiffusionGenerator.load(folder, steps=2, guidance=1.0, batch_size=2)
+
+
+def test_a_generator_of_another_data_set_with_all_its_misfits(folder):
+    refused(
+        *configure(folder, data__name="mnist5k", data__num_private=2000),
+        f"generator.trained-on: {folder} was trained on digits; wanted mnist5k",
+        "makes images of 1 x 8 x 8 (channels, height, width); the data set has 1 x 28 x 28; correct data.image-size",
+    )
+
+
+def test_a_generator_of_another_data_set_on_purpose(folder):
+    config, parts = configure(
+        folder, data__name="mnist5k", data__image_size=8, data__num_private=2000, generator__trained_on="digits"
+    )
+    assert check_generator(config, parts) == []
+    assert load_generator(config, parts).generate([0], [0]).shape == (1, 1, 8, 8)
+
+
+def test_a_generator_that_is_not_what_trained_on_says(folder):
+    refused(*configure(folder, generator__trained_on="mnist5k"), "was trained on digits; wanted mnist5k")
+
+
+def test_another_public_part_may_have_seen_test_images(folder):
+    refused(*configure(folder, data__num_test=300), "trained on another public part of digits", "may have seen test images")
+
+
+def test_another_number_of_classes(folder):
+    config, parts = configure(folder)
+    nine = dataclasses.replace(parts, info=dataclasses.replace(parts.info, class_names=parts.info.class_names[:9]))
+    refused(config, nine, f"{folder} knows 10 classes; the data set has 9")
+
+
+def test_no_bundled_generator_for_these_images():
+    refused(
+        *configure("", data__image_size=12),
+        "no generator comes with the package for digits-12px (it has digits-28px, digits-8px, mnist5k-28px)",
+        'generator.name = "public-images"',
+    )
+
+
+def test_public_images_need_an_image_of_each_class():
+    config, parts = configure("", generator__name="public-images")
+    assert check_generator(config, parts) == []
+    assert isinstance(load_generator(config, parts), PublicImages)
+    keep = torch.nonzero((parts.public.labels != 2) & (parts.public.labels != 6)).flatten()
+    refused(config, dataclasses.replace(parts, public=parts.public.take(keep)), "no public image of two, six")
+
+
+def test_checking_is_cheap():
+    script = (
+        "import sys; from fbl_flower.config import parse_config; from fbl_flower.data.datasets import load_parts;"
+        "from fbl_flower.generation.loading import check_generator; from fbl_flower.generation import cache, protocol, quality;"
+        "c = parse_config({'data.name': 'digits', 'data.num-private': 500}); assert check_generator(c, load_parts(c.data)) == [];"
+        "print([name for name in ('diffusers', 'optimum', 'transformers', 'accelerate') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("name", "size"), [("mnist5k", 28), ("digits", 28), ("digits", 8)])
+def test_a_bundled_generator_is_what_it_says_and_draws_its_classes(name, size):
+    config, parts = configure("", data__name=name, data__image_size=size)
+    folder = generator_folder(config, parts)
+    assert folder == bundled_generator(name, size)
+    info = read_info(folder)
+    assert check_files(folder, info) == []
+    assert (info.data_name, info.image_size, info.public_sha256) == (name, size, parts.public_sha256)
+    assert info.num_images == len(parts.public)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
+    generator = load_generator(config, parts)
+    labels = torch.arange(10).repeat(3)
+    images = generator.generate(labels.tolist(), list(range(30)))
+    assert images.dtype == torch.uint8 and images.shape == (30, 1, size, size)
+    real = parts.public.images.flatten(1).float()
+    means = torch.stack([real[parts.public.labels == label].mean(0) for label in range(10)])
+    nearest = torch.cdist(images.flatten(1).float(), means).argmin(1)
+    # chance is 0.1; real test images reach 0.78 (mnist5k) and 0.89 (digits) by this crude measure
+    assert (nearest == labels).float().mean() >= 0.6

@@ -1,0 +1,118 @@
+"""The measures of a generator, on images small enough to measure by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_generation_support import digits, two_class_parts
+
+from fbl_flower.data.examples import Examples
+from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.public import PublicImages
+from fbl_flower.generation.quality import Classifier, _spread, measure_quality, nearest_training_image
+
+
+def centroid_classifier(examples: Examples, seed: int) -> Classifier:
+    """The class whose mean image is nearest; its features are the pixels."""
+    pixels = examples.images.flatten(1).float()
+    means = torch.stack([pixels[examples.labels == label].mean(0) for label in examples.labels.unique()])
+    return Classifier(
+        predict=lambda images: -torch.cdist(images.flatten(1).float(), means), features=lambda images: images.flatten(1).float()
+    )
+
+
+def grey(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1)
+
+
+class Fixed:
+    """Always draws the same image of a class."""
+
+    fingerprint, batch_size = "f", 4
+
+    def generate(self, labels, seeds):
+        return torch.tensor([[0, 255][label] for label in labels], dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 4, 4)
+
+
+def test_nearest_training_image_by_hand():
+    # training at 0 and 1; 51 is 0.2 and 0.8 away (a copy), 102 is 0.4 and 0.6 (0.67 < 0.7: a copy), 120 is 0.47 and 0.53 (none)
+    got = nearest_training_image(grey(51, 102, 120), grey(0, 255))
+    assert got.mean == pytest.approx((51 + 102 + 120) / 255 / 3)
+    assert got.smallest == pytest.approx(0.2)
+    assert got.copies == pytest.approx(2 / 3)
+
+
+def test_spread_by_hand():
+    # class 0: distances 1, 3, 2 with mean 2; class 1: 4; class 2 has no pair
+    features = torch.tensor([[0.0], [1.0], [3.0], [0.0], [4.0], [7.0]])
+    assert _spread(features, torch.tensor([0, 0, 0, 1, 1, 2])) == pytest.approx((2 + 4) / 2)
+
+
+def test_real_images_in_the_generators_place_score_as_real_and_as_copies():
+    parts = digits()
+    quality = measure_quality(PublicImages(parts), parts, train_classifier=centroid_classifier, seeds=(0, 1), num_bytes=123)
+    assert (quality.num_images, quality.evaluated_on, len(quality.per_seed)) == (300, "test", 2)
+    assert quality.mean("nearest") == 0 and quality.mean("nearest_min") == 0
+    assert quality.mean("copies") == 1.0
+    assert quality.real.copies < 0.2 and quality.real.mean > 0.5
+    assert quality.mean("diversity") == pytest.approx(1, abs=0.05)
+    assert quality.mean("ratio") == pytest.approx(1, abs=0.05)
+    assert quality.mean("agreement") > 0.85
+    assert quality.per_seed[0].synthetic_accuracy != quality.per_seed[1].synthetic_accuracy  # other images under another seed
+    assert quality.mean("synthetic_accuracy") == sum(one.synthetic_accuracy for one in quality.per_seed) / 2
+
+
+def test_images_that_never_vary_have_no_diversity():
+    parts = two_class_parts()
+    noisy = Examples.real(
+        torch.tensor([0, 40, 255, 215], dtype=torch.uint8).view(4, 1, 1, 1).repeat(1, 1, 4, 4), torch.tensor([0, 0, 1, 1])
+    )
+    parts = dataclasses.replace(parts, test=noisy, validation=noisy)
+    quality = measure_quality(Fixed(), parts, train_classifier=centroid_classifier, seeds=(0,))
+    assert quality.mean("diversity") == 0
+    assert quality.mean("ratio") == 1
+    # real 40 is at sqrt(16) * 40 / 255 from black
+    assert quality.real.mean == pytest.approx((0 + 0 + 2 * 4 * 40 / 255) / 4)
+
+
+def test_validation_judges_without_the_test_part():
+    parts = two_class_parts()  # its test part raises when read
+    real = parts.public.take(torch.tensor([0, 1, 6, 7]))
+    quality = measure_quality(
+        PublicImages(parts),
+        dataclasses.replace(parts, validation=real),
+        train_classifier=noisy_features,
+        seeds=(3,),
+        evaluate_on="validation",
+    )
+    assert quality.evaluated_on == "validation" and quality.mean("synthetic_accuracy") == 1.0
+
+
+def noisy_features(examples: Examples, seed: int) -> Classifier:
+    """As `centroid_classifier`, with features that tell equal images apart: real spread must not be zero."""
+    plain = centroid_classifier(examples, seed)
+    return Classifier(predict=plain.predict, features=lambda images: torch.arange(len(images)).float()[:, None])
+
+
+def test_the_table_has_every_measure_and_every_seed():
+    parts = digits()
+    table = measure_quality(
+        PublicImages(parts), parts, train_classifier=centroid_classifier, seeds=(4, 7), num_bytes=4321
+    ).as_markdown().splitlines()  # fmt: skip
+    assert table[0] == "| 300 images, against test | mean | seed 4 | seed 7 | real |"
+    assert {line.count("|") for line in table} == {6}
+    names = [line.split("|")[1].strip() for line in table[2:]]
+    assert names == [
+        "ratio", "synthetic accuracy", "public accuracy", "agreement", "diversity", "nearest", "nearest min", "copies",
+        "images per second", "bytes on disk",
+    ]  # fmt: skip
+    assert table[9].startswith("| copies | 1.000 | 1.000 | 1.000 | 0.")
+    assert "4321" in table[-1]
+
+
+def test_no_seeds_and_no_images_are_refused():
+    parts = digits()
+    with pytest.raises(GeneratorError, match="got 0 seeds"):
+        measure_quality(PublicImages(parts), parts, train_classifier=centroid_classifier, seeds=())

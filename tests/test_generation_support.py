@@ -1,0 +1,49 @@
+"""What the tests of the generation share: small data and a generator that is barely trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fbl_flower.config import DataConfig
+from fbl_flower.data.datasets import DataInfo, DataParts, load_parts
+from fbl_flower.data.examples import Examples
+from fbl_flower.generation.recipe import TrainingRecipe
+from fbl_flower.generation.training import train_generator
+
+DIGITS = DataConfig(name="digits", num_private=-1)
+TINY = TrainingRecipe(widths=(32,), steps=2, batch_size=8, warmup=0)
+
+
+class Poison:
+    """Stands for images that nobody may look at."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{name} of forbidden images was read")
+
+    def __len__(self) -> int:
+        raise AssertionError("forbidden images were counted")
+
+
+def digits() -> DataParts:
+    return load_parts(DIGITS)
+
+
+def tiny_generator(folder: Path) -> Path:
+    """Train for two steps on the 8 x 8 digits; the images are noise, everything else is real."""
+    train_generator(digits(), recipe=TINY, out=folder / "tiny")
+    return folder / "tiny"
+
+
+def two_class_parts(*, size: int = 4) -> DataParts:
+    """Class 0 is black, class 1 is white; every part but the public one is poison."""
+    images = torch.cat([torch.zeros(6, 1, size, size), torch.full((6, 1, size, size), 255)]).to(torch.uint8)
+    info = DataInfo(
+        name="two", class_names=("black", "white"), channels=1, image_size=size, shift=0, flip=False,
+        num_test=1, num_public=12, num_validation=0,
+    )  # fmt: skip
+    public = Examples.real(images, torch.tensor([0] * 6 + [1] * 6))
+    poison = cast(Examples, Poison())
+    return DataParts(info=info, image_size=size, test=poison, public=public, validation=poison, private=poison)

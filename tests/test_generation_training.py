@@ -1,0 +1,171 @@
+"""Training: it learns, it repeats, it sees public images only, and it leaves a whole folder or none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from test_generation_support import TINY, digits, two_class_parts
+
+from fbl_flower.errors import GeneratorError
+from fbl_flower.generation import training
+from fbl_flower.generation.augment import deform
+from fbl_flower.generation.recipe import Augmentation, TrainingRecipe, check_files, read_info
+from fbl_flower.generation.training import fit_network, flow_loss, train_generator
+from fbl_flower.seeding import torch_stream
+
+STILL = Augmentation(rotation=0, scale=0, shear=0, shift=0, elastic=0)
+
+
+def stream(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_it_learns_black_and_white_from_public_images_only():
+    # everything but the public part of these data raises when it is looked at
+    parts = two_class_parts()
+    recipe = TrainingRecipe(widths=(32,), steps=60, batch_size=32, warmup=5, augmentation=STILL)
+    first = fit_network(parts, recipe=dataclasses.replace(recipe, steps=1))
+    last = fit_network(parts, recipe=recipe)
+    with torch.no_grad():
+        before, after = (
+            sum(flow_loss(n, parts, recipe=recipe, stream=stream(k)).item() for k in range(8)) / 8 for n in (first, last)
+        )
+    # zero velocity costs E(e - x)^2 = 1 + 1 = 2, as every pixel is -1 or 1 and noise has variance 1
+    assert before == pytest.approx(2.0, abs=0.15)
+    assert after < 0.8
+    x_t, t = torch.zeros(2, 4, 2, 2), torch.full((2,), 900.0)
+    with torch.no_grad():  # from mid-grey, the velocity away from the image is up for black and down for white
+        v = last(x_t, t, class_labels=torch.tensor([0, 1])).sample.mean((1, 2, 3))
+    assert v[0] > 0.5 and v[1] < -0.5
+
+
+def test_the_seed_decides_the_weights_and_nothing_global_does():
+    parts = digits()
+    state = torch.get_rng_state()
+    one = fit_network(parts, recipe=TINY).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    again = fit_network(parts, recipe=TINY).state_dict()
+    other = fit_network(parts, recipe=dataclasses.replace(TINY, seed=1)).state_dict()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["conv_in.weight"], other["conv_in.weight"])
+
+
+def test_the_folder_says_how_it_came_to_be(tmp_path):
+    lines: list[str] = []
+    info = train_generator(digits(), recipe=TINY, out=tmp_path / "new" / "g", progress=lines.append)
+    assert read_info(tmp_path / "new" / "g") == info
+    assert check_files(tmp_path / "new" / "g", info) == []
+    assert (info.data_name, info.image_size, info.channels, info.num_images) == ("digits", 8, 1, 300)
+    assert info.public_sha256 == digits().public_sha256
+    assert info.training == TINY
+    assert info.versions["optimum-quanto"] == "0.2.7"
+    assert {path.name for path in (tmp_path / "new" / "g").iterdir()} == {*info.files, "recipe.json"}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["g"]
+    assert lines[-1].startswith("step 2 of 2: loss ") and lines[-1].endswith(", 0 s left")
+
+
+def test_the_same_recipe_gives_the_same_files(tmp_path):
+    one, two = (train_generator(digits(), recipe=TINY, out=tmp_path / name) for name in ("one", "two"))
+    assert one.files == two.files
+
+
+def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(training, "save_quantized", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train_generator(digits(), recipe=TINY, out=tmp_path / "g")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_touched(tmp_path):
+    (tmp_path / "g").mkdir()
+    with pytest.raises(GeneratorError, match=f"{tmp_path / 'g'} is there already; remove it"):
+        train_generator(digits(), recipe=TINY, out=tmp_path / "g")
+
+
+def test_a_class_without_images_is_named(tmp_path):
+    parts = two_class_parts()
+    black = dataclasses.replace(parts, public=parts.public.take(torch.arange(6)))
+    with pytest.raises(GeneratorError, match="no public image of white; use more public images"):
+        train_generator(black, recipe=TINY, out=tmp_path / "g")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"widths": (48,)}, "widths: got \\(48,\\); wanted multiples of 32"),
+        ({"widths": ()}, "widths"),
+        ({"steps": 0}, "steps"),
+        ({"label_dropout": 1.0}, "label_dropout"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+    ],
+)
+def test_wrong_recipes_are_refused(wrong, message):
+    with pytest.raises(GeneratorError, match=message):
+        TrainingRecipe(**wrong)
+
+
+def test_too_many_halvings_are_refused():
+    with pytest.raises(GeneratorError, match="3 widths halve 2 x 2 positions 2 times.*use fewer widths"):
+        fit_network(two_class_parts(), recipe=dataclasses.replace(TINY, widths=(32, 32, 32)))
+
+
+def test_odd_sizes_train_without_folding():
+    network = fit_network(two_class_parts(size=5), recipe=TINY)
+    assert network.config["in_channels"] == 1 and network.config["sample_size"] == 5
+
+
+def test_every_kept_weight_is_an_average(monkeypatch):
+    # decay (1 + 1) / (10 + 1) = 2/11 after the first step: average = 2/11 start + 9/11 after the step
+    parts, recipe = digits(), dataclasses.replace(TINY, steps=1, warmup=0)
+    with_average = fit_network(parts, recipe=recipe).state_dict()["conv_in.bias"]
+    without = fit_network(parts, recipe=dataclasses.replace(recipe, ema=0.0)).state_dict()["conv_in.bias"]
+    start = fit_network(parts, recipe=dataclasses.replace(recipe, ema=0.0, learning_rate=1e-30)).state_dict()["conv_in.bias"]
+    torch.testing.assert_close(with_average, start * 2 / 11 + without * 9 / 11)
+
+
+def test_no_deformation_is_the_identity():
+    images = torch.rand(3, 2, 7, 7, generator=stream()) * 2 - 1
+    torch.testing.assert_close(deform(images, STILL, flip=False, stream=stream()), images, atol=2e-5, rtol=0)
+
+
+def test_each_deformation_by_hand():
+    images = torch.zeros(400, 1, 21, 21)
+    images[:, :, 10, 15] = 1.0  # one lit pixel, 5 to the right of the centre
+    rows, columns = torch.meshgrid(torch.arange(21.0), torch.arange(21.0), indexing="ij")
+
+    def centre(**ranges):
+        out = deform(images, dataclasses.replace(STILL, **ranges), flip=False, stream=stream())[:, 0].clamp(min=0)
+        mass = out.sum((1, 2))
+        return (out * rows).sum((1, 2)) / mass - 10, (out * columns).sum((1, 2)) / mass - 10
+
+    y, x = centre(rotation=90.0)
+    assert torch.hypot(x, y).mean() == pytest.approx(5, abs=0.2)  # stays on its circle
+    assert (torch.atan2(y, x).abs().max().item() * 180 / math.pi) == pytest.approx(90, abs=4)
+    y, x = centre(shift=0.1)  # at most 0.1 * 21 pixels either way
+    assert (x - 5).abs().max() == pytest.approx(2.1, abs=0.25) and y.abs().max() == pytest.approx(2.1, abs=0.25)
+    y, x = centre(scale=0.2)  # 5 / (1 -+ 0.2), and half of that again on one axis
+    assert y.abs().max() < 0.2 and 3.3 < x.min() < 4.2 and 5.6 < x.max() < 7.0
+    y, x = centre(elastic=0.05)
+    assert 0.3 < (x - 5).abs().max() < 2.5
+
+
+def test_flipping_mirrors_about_half():
+    images = torch.full((200, 1, 4, 4), -1.0)
+    images[..., 0] = 1.0
+    left = deform(images, STILL, flip=True, stream=stream())[:, 0, 0, 0] > 0
+    assert 70 < left.sum() < 130
+
+
+def test_the_recipe_file_is_plain_json(tmp_path):
+    train_generator(digits(), recipe=TINY, out=tmp_path / "g")
+    raw = json.loads((tmp_path / "g" / "recipe.json").read_text())
+    assert raw["training"]["widths"] == [32] and raw["training"]["augmentation"]["rotation"] == 12.0
+    assert torch_stream(raw["training"]["seed"], "x").initial_seed() == torch_stream(0, "x").initial_seed()
