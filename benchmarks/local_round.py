@@ -65,7 +65,9 @@ def compare(config: RunConfig, *, repeats: int) -> None:
             if repeat:  # the first pass warms up
                 seconds[name].append(time.perf_counter() - started)
     speed = {name: num_images / statistics.median(s) for name, s in seconds.items()}
-    print(f"{config.data.num_private} images x {config.train.epochs} epochs, {config.num_threads} thread(s), median of {repeats}")
+    print(
+        f"{config.data.num_private} images x {config.train.epochs} epochs, {config.num_threads} thread(s), median of {repeats}"
+    )
     print("| loop | images/s | ratio to bare |\n|---|---|---|")
     for name, value in speed.items():
         print(f"| {name} | {value:.0f} | {value / speed['bare']:.2f} |")
@@ -101,7 +103,9 @@ def bare(config: RunConfig) -> Callable[[], None]:
     layout = memory_format(model, device)
     model.to(memory_format=layout)
     images = to_float(examples.images).to(device).contiguous(memory_format=layout)
-    batches = list(zip(images.split(config.train.batch_size), examples.labels.to(device).split(config.train.batch_size), strict=True))
+    batches = list(
+        zip(images.split(config.train.batch_size), examples.labels.to(device).split(config.train.batch_size), strict=True)
+    )
 
     def run() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=config.train.learning_rate, momentum=config.train.momentum)
@@ -123,7 +127,9 @@ def stock(config: RunConfig) -> Callable[[], None]:
     channels = examples.images.shape[1]
     pictures = [transforms.functional.to_pil_image(image) for image in examples.images]
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * channels, (0.5,) * channels)])
-    loader = DataLoader(_Pictures(pictures, examples.labels.tolist(), transform), batch_size=config.train.batch_size, shuffle=True)
+    loader = DataLoader(
+        _Pictures(pictures, examples.labels.tolist(), transform), batch_size=config.train.batch_size, shuffle=True
+    )
     device = pick_device(config)
     model = _model(config).to(device)
 

@@ -7,6 +7,7 @@ default in `pyproject.toml` and its line in docs/configuration.md are the same; 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import types
 import typing
@@ -42,7 +43,7 @@ class DataConfig:
     num_test: int = option(-1, "test images, for the server; -1: the data set's own number", low=-1)
     num_public: int = option(-1, "public images, owned by no client; -1: the data set's own number", low=-1)
     num_validation: int = option(-1, "of the public images, those kept for tuning; -1: the data set's own number", low=-1)
-    num_private: int = option(2000, "images of all clients together; -1: all that are left", low=-1)
+    num_private: int = option(-1, "images of all clients together; -1: the data set's own number, or all that are left", low=-1)
     partition: str = option("dirichlet", "how classes spread over clients", choices=("dirichlet", "iid"))
     alpha: float = option(0.1, "concentration of the Dirichlet partition: smaller is more skewed", above=0.0)
 
@@ -67,7 +68,9 @@ class TrainConfig:
     weight_decay: float = option(0.0, "L2 penalty of the model's weights", low=0.0)
     clip_norm: float = option(5.0, "largest gradient norm of the model; 0: no clipping", low=0.0)
     augment: bool = option(True, "random shifts (and flips, for photographs), drawn anew for each batch")
-    precision: str = option("auto", "auto: bf16 where the machine has it in hardware, else fp32", choices=("auto", "fp32", "bf16"))
+    precision: str = option(
+        "auto", "auto: bf16 where the machine has it in hardware, else fp32", choices=("auto", "fp32", "bf16")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,9 @@ class GeneratorConfig:
     """Where a client's synthetic images come from."""
 
     name: str = option(
-        "diffusion", "class-conditional 4-bit diffusion, or real public images in its place", choices=("diffusion", "public-images")
+        "diffusion",
+        "class-conditional 4-bit diffusion, or real public images in its place",
+        choices=("diffusion", "public-images"),
     )
     path: str = option("", "directory of a trained generator; empty: the one that comes with the data set")
     trained_on: str = option("", "data set that the generator was trained on; empty: the federation's own")
@@ -181,7 +186,8 @@ def parse_config(run_config: Mapping[str, Value]) -> RunConfig:
         except ValueError as problem:
             problems.append(str(problem))
     config = _build(RunConfig, values)
-    problems += _conflicts(config)
+    refused = run_config.keys() - values.keys()
+    problems += [text for keys, text in _conflicts(config) if not refused & set(keys)]
     if problems:
         raise ConfigError(problems)
     return config
@@ -203,19 +209,44 @@ def flatten(config: RunConfig) -> dict[str, Value]:
     return flat
 
 
-def _conflicts(config: RunConfig) -> list[str]:
-    """Name the settings that are fine alone and wrong together."""
-    problems = []
-    d = config.data
+def _conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
+    """Name the settings that are fine alone and wrong together, each problem with the keys that it is about."""
+    d, b = config.data, config.balancing
+    found: list[tuple[tuple[str, ...], str]] = []
     if d.name == "cifar10" and not d.path:
-        problems.append("data.path: empty; cifar10 needs the path of a parquet file with the columns image, label and split")
+        text = "data.path: empty; cifar10 needs the path of a parquet file with the columns image, label and split"
+        found.append((("data.name", "data.path"), text))
     if d.name != "cifar10" and d.path:
-        problems.append(f"data.path: got {d.path!r}; the data set {d.name!r} comes with a package and takes no path")
+        text = f"data.path: got {d.path!r}; the data set {d.name!r} comes with a package and takes no path"
+        found.append((("data.name", "data.path"), text))
     if d.num_public >= 0 and d.num_validation > d.num_public:
-        problems.append(f"data.num-validation: got {d.num_validation}; it is a part of data.num-public, which is {d.num_public}")
-    if config.balancing.average_embeddings and not config.balancing.alignment:
-        problems.append("balancing.average-embeddings: true, but balancing.alignment is false: there are no vectors to average")
-    return problems
+        text = f"data.num-validation: got {d.num_validation}; it is a part of data.num-public, which is {d.num_public}"
+        found.append((("data.num-validation", "data.num-public"), text))
+    if b.average_embeddings and not b.alignment:
+        text = "balancing.average-embeddings: true, but balancing.alignment is false: there are no vectors to average"
+        found.append((("balancing.average-embeddings", "balancing.alignment"), text))
+    return found
+
+
+def flat_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested tables into dotted keys, as Flower does."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flat_table(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def to_toml(values: Mapping[str, Value]) -> str:
+    """Write flat settings as TOML, one `key = value` a line; Flower reads it with `flwr run -c FILE`."""
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
+
+
+def _toml_value(value: Value) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for this one
+    return repr(value)
 
 
 def _leaves(cls: type, prefix: str = "") -> dict[str, tuple[Any, type]]:
@@ -224,7 +255,7 @@ def _leaves(cls: type, prefix: str = "") -> dict[str, tuple[Any, type]]:
     out: dict[str, tuple[Any, type]] = {}
     for f in fields(cls):
         key, kind = prefix + f.name.replace("_", "-"), hints[f.name]
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             out |= _leaves(kind, key + ".")
         else:
             out[key] = (f, kind)
@@ -234,7 +265,7 @@ def _leaves(cls: type, prefix: str = "") -> dict[str, tuple[Any, type]]:
 def _checked(key: str, value: Any, kind: type, meta: types.MappingProxyType[Any, Any]) -> Value:
     right_type = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value, right_type = float(value), True
+        value, right_type = float(value) if abs(value) < 2**1000 else math.inf, True
     in_range = right_type and (kind in (bool, str) or (meta["low"] <= value <= meta["high"] and value > meta["above"]))
     if right_type and kind is float and not math.isfinite(value):
         in_range = False

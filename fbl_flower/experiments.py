@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fbl_flower.config import RunConfig, Value, flatten, parse_config
+from fbl_flower.config import RunConfig, Value, flat_table, flatten, parse_config
 from fbl_flower.errors import ConfigError
-from fbl_flower.overrides import flat_table
 
 KINDS = ("federation", "public-only", "synthetic-only")
 _KEYS = ("title", "kind", "report-rounds", "config")

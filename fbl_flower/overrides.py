@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fbl_flower.config import RunConfig, Value, flatten, parse_config
+from fbl_flower.config import RunConfig, Value, flat_table, flatten, parse_config
 from fbl_flower.errors import ConfigError
 
 _PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own pattern (flwr.common.config.parse_config_args)
@@ -39,19 +37,6 @@ def read_toml(path: Path) -> dict[str, Value]:
         return flat_table(tomllib.loads(path.expanduser().read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read as TOML: {error}"]) from error
-
-
-def flat_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested tables into dotted keys, as Flower does."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= flat_table(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
-def to_toml(values: Mapping[str, Value]) -> str:
-    """Write flat settings as TOML, one `key = value` a line; `read_toml` gives them back."""
-    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
 
 
 def chosen_config(arguments: Sequence[str], *, resume: Path | None = None) -> tuple[RunConfig, dict[str, Value]]:
@@ -125,11 +110,3 @@ def _resumed(folder: Path, asked: dict[str, Value]) -> dict[str, Value]:
     if problems:
         raise ConfigError(problems)
     return settings | asked | {"resume": str(folder.expanduser().resolve())}
-
-
-def _toml_value(value: Value) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for this one
-    return repr(value)

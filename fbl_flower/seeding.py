@@ -13,7 +13,10 @@ def derive(seed: int, *name: str | int) -> int:
 
     The same arguments give the same number on every machine; any change gives an unrelated one.
     """
-    text = "/".join([str(int(seed)), *(f"{type(part).__name__}:{part}" for part in name)])
+    if any("/" in part for part in name if isinstance(part, str)):
+        raise ValueError(f"stream name: got {name!r}; a part may not contain '/', which separates them")
+    parts = [f"str:{part}" if isinstance(part, str) else f"int:{int(part)}" for part in name]
+    text = "/".join([str(int(seed)), *parts])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fbl_flower.app_folder import app_folder
-from fbl_flower.config import Value
+from fbl_flower.config import Value, to_toml
 from fbl_flower.errors import RunFailed
-from fbl_flower.overrides import to_toml
 from fbl_flower.superlink import check_superlink
 
 _STARTED = re.compile(r"started run (\d+)")
@@ -124,6 +123,7 @@ def _follow(command: list[str]) -> str:
     finally:
         process.terminate()
         process.wait()
+        process.stdout.close()
     if run_id is None:
         raise RunFailed("`flwr run` did not start the run: " + "".join(refusal[-20:]).strip())
     return run_id

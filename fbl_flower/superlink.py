@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -93,4 +94,4 @@ def _processes() -> list[tuple[int, list[str]]]:
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
-    return next((value for name, value in zip(arguments, arguments[1:], strict=False) if name == flag), None)
+    return next((value for name, value in itertools.pairwise(arguments) if name == flag), None)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fbl_flower import app_folder, cli, simulation, superlink
-from fbl_flower.config import RunConfig, flatten
+from fbl_flower.config import RunConfig, flatten, to_toml
 from fbl_flower.errors import ConfigError, RunFailed
-from fbl_flower.overrides import chosen_config, read_overrides, read_toml, to_toml
+from fbl_flower.overrides import chosen_config, read_overrides, read_toml
 
 ROOT = Path(__file__).parents[1]
 
@@ -191,7 +191,7 @@ def test_the_app_is_the_checkout_or_made_from_the_package(tmp_path: Path) -> Non
     folder = app_folder.assemble_app(tmp_path / "app", package)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert files == ["client_app.py", "fbl_flower/__init__.py", "fbl_flower/data/batches.py", "pyproject.toml", "server_app.py"]
-    with pytest.raises(ConfigError, match="--app: .* holds no pyproject.toml"), app_folder.app_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"--app: .* holds no pyproject\.toml"), app_folder.app_folder(tmp_path):
         pass
 
 

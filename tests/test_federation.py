@@ -115,9 +115,7 @@ def test_balancing_switched_off_is_fedavg_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_empty_and_one_sample_clients_take_part(tmp_path: Path) -> None:
-    outcome = run_local(
-        quick(tmp_path, data__num_private=12, num_clients=8, data__alpha=0.05, fraction_train=1.0, seed=3)
-    )
+    outcome = run_local(quick(tmp_path, data__num_private=12, num_clients=8, data__alpha=0.05, fraction_train=1.0, seed=3))
     config = parse_config(quick(tmp_path, data__num_private=12, num_clients=8, data__alpha=0.05, seed=3))
     from fbl_flower.data.datasets import load_parts
     from fbl_flower.data.partition import partition
@@ -221,7 +219,9 @@ def test_averaged_embeddings_go_round(tmp_path: Path) -> None:
 
 def test_wire_round_trip_keeps_names_dtypes_and_numbers() -> None:
     arrays = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(7, dtype=np.int64)}
-    request = Request(run="r", client=3, server_round=4, checkpoint_round=2, arrays=arrays, embeddings=np.ones((2, 2), np.float32))
+    request = Request(
+        run="r", client=3, server_round=4, checkpoint_round=2, arrays=arrays, embeddings=np.ones((2, 2), np.float32)
+    )
     back = Request.from_record(request.to_record())
     assert (back.run, back.client, back.server_round, back.checkpoint_round) == ("r", 3, 4, 2)
     for name in arrays:

@@ -42,7 +42,7 @@ def test_images_have_the_promised_type_and_shape(generator):
     assert generator.generate([], []).shape == (0, 1, 8, 8)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(places=st.lists(st.integers(0, 6), min_size=1, max_size=9))
 def test_an_image_does_not_depend_on_its_neighbours(generator, places):
     whole = generator.generate(LABELS, SEEDS)

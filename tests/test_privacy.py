@@ -19,8 +19,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from helpers import RecordingGrid, write_parquet
 
-from fbl_flower.data.datasets import load_parts
 from fbl_flower.config import parse_config
+from fbl_flower.data.datasets import load_parts
 from fbl_flower.federation import client, server
 from fbl_flower.federation.local import LocalGrid, run_local
 from fbl_flower.training.prepare import client_examples

@@ -88,12 +88,20 @@ def test_a_last_smaller_batch_is_used() -> None:
     assert sorted(torch.cat(seen).argmax(3).flatten().tolist()) == [0, 1, 2]
 
 
-def test_the_loss_is_a_mean_over_images_not_over_batches() -> None:
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_loss_is_a_mean_over_images_not_over_batches(aligned: bool) -> None:
     """With a vanishing step the model stays: four images of loss ln(1 + e^-2) and one of ln(1 + e^2), in batches of four and one."""
     model = linear(1, 2)
     with torch.no_grad():
         model.head.weight.copy_(torch.tensor([[1.0], [-1.0]]))
-    result = fit(model, pixels([[255]] * 5, [0, 0, 0, 0, 1]), batch_size=4, learning_rate=1e-12)
+    result = train(
+        model,
+        pixels([[255]] * 5, [0, 0, 0, 0, 1]),
+        config=replace(STEP, batch_size=4, learning_rate=1e-12),
+        augmentation=None,
+        rng=torch_stream(0, "train"),
+        embeddings=nn.Parameter(torch.zeros(2, 1)) if aligned else None,
+    )
     assert result.loss == pytest.approx((4 * math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 5, abs=1e-6)
 
 

@@ -33,7 +33,7 @@ class DataInfo:
         image_size: Native height and width in pixels.
         shift: Largest shift of the augmentation, in pixels of the native size.
         flip: Whether a mirrored image is still of its class.
-        num_test, num_public, num_validation: Default sizes; validation is a part of public.
+        num_test, num_public, num_validation, num_private: Default sizes; validation is a part of public.
     """
 
     name: str
@@ -45,6 +45,7 @@ class DataInfo:
     num_test: int
     num_public: int
     num_validation: int
+    num_private: int
 
     @property
     def num_classes(self) -> int:
@@ -59,15 +60,15 @@ DATASETS = {
     for info in (
         DataInfo(
             name="mnist5k", class_names=_DIGITS, channels=1, image_size=28, shift=2, flip=False,
-            num_test=1000, num_public=800, num_validation=200,
+            num_test=1000, num_public=800, num_validation=200, num_private=2000,
         ),
         DataInfo(
             name="digits", class_names=_DIGITS, channels=1, image_size=8, shift=1, flip=False,
-            num_test=397, num_public=400, num_validation=100,
+            num_test=397, num_public=400, num_validation=100, num_private=1000,
         ),
         DataInfo(
             name="cifar10", class_names=_CIFAR10, channels=3, image_size=32, shift=4, flip=True,
-            num_test=10_000, num_public=10_000, num_validation=1_000,
+            num_test=10_000, num_public=10_000, num_validation=1_000, num_private=40_000,
         ),
     )
 }  # fmt: skip
@@ -152,7 +153,7 @@ def _load_parts(config: DataConfig, stamp: int) -> DataParts:
             problems.append(f"data.num-test: got {num_test}; the test split of {config.name} has {len(test)} images")
         test = test.take(_class_balanced_order(test.labels.numpy())[:num_test])
     rest = len(order) - num_public
-    num_private = number(config.num_private, max(rest, 0))
+    num_private = number(config.num_private, max(0, min(rest, info.num_private)))
     if num_validation > num_public:
         problems.append(f"data.num-validation: got {num_validation}; it is a part of the public images, which are {num_public}")
     if len(test) == 0:
@@ -221,7 +222,9 @@ def _read_parquet(path: Path, info: DataInfo) -> tuple[Examples, Examples]:
     try:
         table = pyarrow.parquet.read_table(path, columns=["image", "label", "split"])
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"data.path: {path} is not a whole parquet file with the columns image, label, split: {error}") from error
+        raise DataError(
+            f"data.path: {path} is not a whole parquet file with the columns image, label, split: {error}"
+        ) from error
     split = np.array(table["split"].to_pylist())
     if not pyarrow.types.is_integer(table["label"].type) or table["label"].null_count:
         got = f"{table['label'].type} with {table['label'].null_count} empty rows"

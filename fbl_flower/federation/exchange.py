@@ -46,7 +46,7 @@ def ask(
         Message(content, dst_node_id=node, message_type=message_type, ttl=timeout) for node, content in requests.values()
     ]
     ids = list(grid.push_messages(messages))
-    waiting = {message_id: key for message_id, key in zip(ids, requests, strict=True)}
+    waiting = dict(zip(ids, requests, strict=True))
     contents: dict[int, RecordDict] = {}
     failures: dict[int, str] = {}
     deadline, pause = time.monotonic() + timeout, _FIRST_PAUSE

@@ -40,7 +40,7 @@ def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
     if len(nodes) < expected:
         nodes = _wait_for_nodes(grid, expected, deadline)
         described |= _describe(grid, [n for n in nodes if n not in described], deadline)
-    for node, description in described.items():
+    for description in described.values():
         if description.code != code_fingerprint():
             raise RunFailed(
                 f"node {description.partition_id} runs other code than the server. In simulation, clients import from the folder in which "
@@ -70,9 +70,7 @@ def _wait_for_nodes(grid: Grid, number: int, deadline: float) -> list[int]:
 def _describe(grid: Grid, nodes: list[int], deadline: float) -> dict[int, NodeDescription]:
     if not nodes:
         return {}
-    answers = ask(
-        grid, {node: (node, RecordDict()) for node in nodes}, DESCRIBE, timeout=max(deadline - time.monotonic(), 1.0)
-    )
+    answers = ask(grid, {node: (node, RecordDict()) for node in nodes}, DESCRIBE, timeout=max(deadline - time.monotonic(), 1.0))
     descriptions: dict[int, NodeDescription] = {}
     for node, content in answers.contents.items():
         if "node" in content:

@@ -23,11 +23,11 @@ from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.errors import FBLError, RunFailed
 from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.preflight import preflight
+from fbl_flower.federation.report import write_report
 from fbl_flower.federation.roster import Roster, call_roll
 from fbl_flower.federation.wire import PREPARE, TRAIN, Reply, Request
 from fbl_flower.models import new_classifier
 from fbl_flower.params import Arrays, all_finite, to_arrays, weighted_mean
-from fbl_flower.federation.report import write_report
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 from fbl_flower.seeding import numpy_stream
 from fbl_flower.training.central import warm_start_model
@@ -210,9 +210,7 @@ class _Federation:
 
     def _evaluate(self, arrays: Arrays) -> Evaluation:
         info = self.parts.info
-        model = load_classifier(
-            arrays, self.config, channels=info.channels, num_classes=info.num_classes, device=self.device
-        )
+        model = load_classifier(arrays, self.config, channels=info.channels, num_classes=info.num_classes, device=self.device)
         test = self.parts.test.to(self.device)
         return evaluate(model, test, precision=self.config.train.precision)
 

@@ -112,7 +112,7 @@ def generate_cached(
     """
     if len(labels) != len(seeds):
         raise GeneratorError(f"generator: got {len(labels)} labels and {len(seeds)} seeds; wanted a seed for each label")
-    if not labels:
+    if len(labels) == 0:
         return Generated(images=generator.generate([], []), num_generated=0)
     pairs = list(zip(labels, seeds, strict=True))
     found: dict[tuple[int, int], torch.Tensor] = {}

@@ -55,7 +55,7 @@ class TrainingRecipe:
     """
 
     widths: tuple[int, ...] = (64, 96)
-    steps: int = 1600
+    steps: int = 1300
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup: int = 100

@@ -69,6 +69,7 @@ def _resnet18(config: ModelConfig, channels: int) -> nn.Module:
         net.maxpool = nn.Identity()
     elif channels != 3:
         net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does for its own
     net.fc = nn.Identity()
     return net
 

@@ -27,7 +27,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fbl_flower.config import RunConfig, Value, flatten
+from fbl_flower.config import RunConfig, flat_table, flatten, to_toml
 from fbl_flower.errors import ConfigError, StateError
 from fbl_flower.params import Arrays
 
@@ -99,7 +99,7 @@ class RunDirectory:
 
         run = cls(Path(config.resume).expanduser().resolve())
         try:
-            before = tomllib.loads((run.path / "config.toml").read_text())
+            before = flat_table(tomllib.loads((run.path / "config.toml").read_text()))
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise StateError(f"resume: {run.path} is not the directory of a run ({error})") from error
         now = flatten(config)
@@ -145,7 +145,7 @@ class RunDirectory:
         path = self.path / "checkpoint.safetensors"
         try:
             with safe_open(path, "numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys()}
+                arrays = {name: file.get_tensor(name) for name in list(file.keys())}
                 server_round = int(file.metadata()["server_round"])
         except FileNotFoundError as error:
             raise StateError(
@@ -165,15 +165,6 @@ class RunDirectory:
             if row["round"] <= last_round:
                 kept.append(line + "\n")
         _replace(self.path / name, "".join(kept).encode())
-
-
-def to_toml(flat: Mapping[str, Value]) -> str:
-    """Write flat run-config keys as TOML; Flower takes it back with `flwr run -c config.toml`."""
-
-    def literal(value: Value) -> str:
-        return json.dumps(value) if isinstance(value, bool | str) else repr(value)
-
-    return "".join(f'"{key}" = {literal(value)}\n' for key, value in flat.items())
 
 
 def _contiguous(arrays: Mapping[str, np.ndarray]) -> Arrays:

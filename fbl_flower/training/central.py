@@ -49,9 +49,7 @@ def synthetic_examples(config: RunConfig, parts: DataParts, *, num_images: int, 
     seeds = [derive(config.seed, purpose, i) for i in range(num_images)]
     cache = ImageCache(Path(config.state_dir).expanduser() / "cache")
     made = generate_cached(shared_generator(config), cache, labels, seeds)
-    return Examples(
-        images=made.images, labels=torch.tensor(labels), synthetic=torch.ones(num_images, dtype=torch.bool)
-    )
+    return Examples(images=made.images, labels=torch.tensor(labels), synthetic=torch.ones(num_images, dtype=torch.bool))
 
 
 def warm_start_model(config: RunConfig) -> Classifier:

@@ -29,9 +29,10 @@ def predict(model: Classifier, images: torch.Tensor, *, precision: str) -> tuple
     device = images.device
     layout = memory_format(model, device)
     model.to(memory_format=layout).eval()
-    features, logits = [images.new_zeros(0, model.width, dtype=torch.float)], [
-        images.new_zeros(0, model.head.out_features, dtype=torch.float)
-    ]
+    features, logits = (
+        [images.new_zeros(0, model.width, dtype=torch.float)],
+        [images.new_zeros(0, model.head.out_features, dtype=torch.float)],
+    )
     for batch in images.split(_BATCH) if len(images) else ():
         with autocast(precision, device):
             f = model.features(to_float(batch).contiguous(memory_format=layout))
