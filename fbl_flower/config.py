@@ -7,6 +7,7 @@ default in `pyproject.toml` and its line in docs/configuration.md are the same; 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 import types
@@ -103,8 +104,8 @@ class GeneratorConfig:
     )
     path: str = option("", "directory of a trained generator; empty: the one that comes with the data set")
     trained_on: str = option("", "data set that the generator was trained on; empty: the federation's own")
-    steps: int = option(6, "denoising steps per image", low=1, high=1000)
-    guidance: float = option(1.0, "classifier-free guidance; 1: none", low=1.0, high=20.0)
+    steps: int = option(4, "denoising steps per image", low=1, high=1000)
+    guidance: float = option(2.0, "classifier-free guidance; 1: none", low=1.0, high=20.0)
     batch_size: int = option(32, "images generated together", low=1)
 
 
@@ -136,6 +137,7 @@ class RunConfig:
     state_dir: str = option("~/.fbl", "folder for image cache and client state, on each client")
     resume: str = option("", "run directory of a killed run to go on with")
     checkpoint_every: int = option(5, "rounds between checkpoints; the last round always has one", low=1)
+    pictures: bool = option(True, "draw the run's pictures at its end")
     timeout: float = option(3600.0, "seconds that the server waits for the clients in a round", above=0.0)
     num_threads: int = option(1, "torch's threads per client and for the server; part of what makes a run repeatable", low=1)
     device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
@@ -249,6 +251,7 @@ def _toml_value(value: Value) -> str:
     return repr(value)
 
 
+@functools.cache
 def _leaves(cls: type, prefix: str = "") -> dict[str, tuple[Any, type]]:
     """Map every flat key to its dataclass field and type."""
     hints = typing.get_type_hints(cls)
@@ -291,13 +294,11 @@ def _allowed(kind: type, meta: types.MappingProxyType[Any, Any]) -> str:
 
 
 def _build(cls: type, values: Mapping[str, Value], prefix: str = "") -> Any:
-    hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for f in fields(cls):
         key = prefix + f.name.replace("_", "-")
-        if is_dataclass(hints[f.name]):
-            arguments[f.name] = _build(hints[f.name], values, key + ".")
+        if f.default is MISSING:  # a section: its default is made by its own class
+            arguments[f.name] = _build(f.default_factory, values, key + ".")
         else:
-            assert f.default is not MISSING
             arguments[f.name] = values.get(key, f.default)
     return cls(**arguments)

@@ -13,7 +13,7 @@ from fbl_flower.errors import ConfigError
 
 KINDS = ("federation", "public-only", "synthetic-only")
 _KEYS = ("title", "kind", "report-rounds", "config")
-_GIVEN_BY_THE_SWEEP = ("seed", "num-threads", "output-dir", "resume")
+_GIVEN_BY_THE_SWEEP = ("seed", "num-threads", "output-dir", "resume", "pictures")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,7 @@ def write_table(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None:
 
 def run_one(row: Row, seed: int) -> dict[str, Any]:
     """Run a row under a seed in this process and return its result, as it is stored."""
-    settings: dict[str, Value] = row.settings | {"seed": seed, "num-threads": 1}
+    settings: dict[str, Value] = row.settings | {"seed": seed, "num-threads": 1, "pictures": False}
     config = parse_config(settings)
     begin = time.perf_counter()
     if row.kind == "federation":

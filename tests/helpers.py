@@ -40,6 +40,7 @@ def quick(tmp_path: Path, **overrides: Any) -> dict[str, Any]:
         "num-clients": 4,
         "num-server-rounds": 3,
         "train.epochs": 1,
+        "pictures": False,
         "output-dir": str(tmp_path / "runs"),
         "state-dir": str(tmp_path / "state"),
     } | {key.replace("__", ".").replace("_", "-"): value for key, value in overrides.items()}

@@ -205,8 +205,8 @@ def test_the_local_engine_is_given_the_settings(monkeypatch: pytest.MonkeyPatch,
         return SimpleNamespace(run_dir=Path("/runs/1"))
 
     monkeypatch.setattr(local, "run_local", run)
-    assert cli.main(["run", "--engine", "local", "-c", "data.name='digits' data.num-private=-1 balancing.enabled=false"]) == 0
-    assert asked == [{"data.name": "digits", "data.num-private": -1, "balancing.enabled": False}, cli.num_cores()]
+    assert cli.main(["run", "--engine", "local", "-c", "data.name='digits' balancing.enabled=false"]) == 0
+    assert asked == [{"data.name": "digits", "balancing.enabled": False}, cli.num_cores()]
     assert "run directory: /runs/1" in capsys.readouterr().out
 
 

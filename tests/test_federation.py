@@ -34,7 +34,7 @@ def metrics(run_dir: Path) -> bytes:
 
 
 def test_run_directory_holds_everything(tmp_path: Path) -> None:
-    outcome = run_local(quick(tmp_path, num_server_rounds=6, train__epochs=2))
+    outcome = run_local(quick(tmp_path, num_server_rounds=6, train__epochs=2, pictures=True))
     names = {p.name for p in outcome.run_dir.iterdir()}
     assert names == {
         "config.toml", "versions.json", "metrics.jsonl", "timings.jsonl", "summary.json", "checkpoint.safetensors",

@@ -141,7 +141,7 @@ def test_an_installed_wheel_runs_in_another_directory(tmp_path: Path, flower_env
     elsewhere.mkdir()
     where = run([str(programs / "python"), "-c", "import fbl_flower; print(fbl_flower.__file__)"], environment, elsewhere)
     assert str(tmp_path) in where.stdout
-    settings = quick(tmp_path, generator__name="diffusion", num_server_rounds=2)
+    settings = quick(tmp_path, generator__name="diffusion", num_server_rounds=2, pictures=True)
     config = settings_file(tmp_path, settings)
     done = run([str(programs / "fbl-flower"), "run", "-c", str(config)], environment, elsewhere)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,7 +14,7 @@ from fbl_flower.generation.recipe import TrainingRecipe
 from fbl_flower.generation.training import train_generator
 
 DIGITS = DataConfig(name="digits", num_private=-1)
-TINY = TrainingRecipe(widths=(32,), steps=2, batch_size=8, warmup=0)
+TINY = TrainingRecipe(widths=(32,), steps=2, batch_size=8, warmup=0, rounding_steps=1)
 
 
 class Poison:

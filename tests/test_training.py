@@ -249,9 +249,7 @@ def test_everything_off_is_federated_averaging_bit_for_bit() -> None:
     "config",
     [
         without_alignment(),
-        pytest.param(
-            CONFIG, marks=pytest.mark.xfail(strict=True, reason="drop draws from the stream of order and augmentation, and so changes both")
-        ),
+        CONFIG,
     ],
     ids=["without-alignment", "all-of-fbl"],
 )  # fmt: skip

@@ -25,7 +25,7 @@ from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.preflight import preflight
 from fbl_flower.federation.report import write_report
 from fbl_flower.federation.roster import Roster, call_roll
-from fbl_flower.federation.wire import PREPARE, TRAIN, Reply, Request
+from fbl_flower.federation.wire import PREPARE, TRAIN, Reply, Request, array_record
 from fbl_flower.models import new_classifier
 from fbl_flower.params import Arrays, all_finite, to_arrays, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
@@ -140,6 +140,7 @@ class _Federation:
         started = time.perf_counter()
         chosen = choose_clients(self.config, sorted(roster.node_of), server_round)
         requests: dict[int, tuple[int, RecordDict]] = {}
+        packed = array_record(point.arrays)
         for client in chosen:
             request = Request(
                 run=self.run_dir.identity,
@@ -149,7 +150,7 @@ class _Federation:
                 arrays=point.arrays,
                 embeddings=point.embeddings,
             )
-            requests[client] = (roster.node_of[client], request.to_record())
+            requests[client] = (roster.node_of[client], request.to_record(packed))
         answers = ask(self.grid, requests, TRAIN, timeout=self.config.timeout)
         failures = dict(answers.failures)
         replies: dict[int, Reply] = {}
@@ -232,7 +233,8 @@ class _Federation:
             },
         )
         try:
-            write_report(self.run_dir, self.config, point.arrays)
+            if self.config.pictures:
+                write_report(self.run_dir, self.config, point.arrays)
         except (FBLError, OSError) as error:  # the run itself is whole
             log(WARNING, "Not every picture could be drawn: %s", error)
         log(INFO, "Final accuracy on %d test images: %.2f %%", len(self.parts.test), 100 * rows[-1]["accuracy"])

@@ -68,12 +68,13 @@ class Request:
     arrays: Mapping[str, np.ndarray]
     embeddings: np.ndarray | None = None
 
-    def to_record(self) -> RecordDict:
+    def to_record(self, packed: ArrayRecord | None = None) -> RecordDict:
+        """Pack the request; `packed`, if given, holds `arrays` already (the same for every client of a round)."""
         numbers: dict[str, int | str] = {
             "run": self.run, "client": self.client, "server-round": self.server_round,
             "checkpoint-round": self.checkpoint_round,
         }  # fmt: skip
-        content = RecordDict({"request": ConfigRecord(dict(numbers)), "arrays": array_record(self.arrays)})
+        content = RecordDict({"request": ConfigRecord(dict(numbers)), "arrays": packed or array_record(self.arrays)})
         if self.embeddings is not None:
             content["embeddings"] = array_record({"P": self.embeddings})
         return content

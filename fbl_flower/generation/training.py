@@ -1,4 +1,4 @@
-"""Train a generator on the public images: rectified flow, then 4-bit weights.
+"""Train a generator on the public images: rectified flow, getting used to rounding, then 4-bit weights.
 
 A network learns the velocity that carries noise to images along straight lines (Liu et al., arXiv 2209.03003):
 x_t = (1 - t) x + t e, with target e - x. A generator that is going to stand on every client must never have seen a
@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from fbl_flower.generation.augment import deform
 from fbl_flower.generation.network import build_network, network_config, patch_of
 from fbl_flower.generation.quantization import LAYERS, WEIGHTS, quantize_, save_quantized
 from fbl_flower.generation.recipe import NETWORK, GeneratorInfo, TrainingRecipe, file_sha256, write_info
+from fbl_flower.generation.rounding import Inputs, adapt_to_rounding
 from fbl_flower.seeding import derive, torch_stream
 
 _REPORTS = 40  # progress lines of a whole training
@@ -56,8 +58,7 @@ def train_generator(
     if lacking := [name for name, count in zip(parts.info.class_names, counts.tolist(), strict=True) if not count]:
         raise GeneratorError(f"generator: no public image of {', '.join(lacking)}; use more public images (data.num-public)")
     wall, cpu = time.perf_counter(), time.process_time()
-    network = fit_network(parts, recipe=recipe, progress=progress)
-    quantize_(network)
+    network = quantize_(fit_network(parts, recipe=recipe, progress=progress))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def train_generator(
 
 
 def fit_network(parts: DataParts, *, recipe: TrainingRecipe, progress: Callable[[str], None] | None = None) -> nn.Module:
-    """Return the moving average of the trained float network; `train_generator` without the file."""
+    """Return the trained float network, ready to be rounded: `train_generator` without the file."""
     config = network_config(
         image_size=parts.image_size, channels=parts.info.channels, num_classes=parts.info.num_classes, widths=recipe.widths
     )
@@ -108,7 +109,7 @@ def fit_network(parts: DataParts, *, recipe: TrainingRecipe, progress: Callable[
     for step in range(1, recipe.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe)
-        loss = flow_loss(network, parts, recipe=recipe, stream=stream)
+        loss = flow_loss(network, draw_batch(parts, recipe=recipe, stream=stream))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
@@ -121,11 +122,39 @@ def fit_network(parts: DataParts, *, recipe: TrainingRecipe, progress: Callable[
             left = (time.perf_counter() - start) / step * (recipe.steps - step)
             recent = sum(losses[-50:]) / len(losses[-50:])
             progress(f"step {step} of {recipe.steps}: loss {recent:.4f}, {left:.0f} s left")
-    return average
+
+    def draw() -> Inputs:
+        batch = draw_batch(parts, recipe=recipe, stream=stream)
+        return batch.x_t, batch.t * 1000, batch.labels
+
+    def report(step: int, difference: float) -> None:
+        if progress and (step % 25 == 0 or step == recipe.rounding_steps):
+            progress(f"rounding step {step} of {recipe.rounding_steps}: difference {difference:.5f}")
+
+    return adapt_to_rounding(
+        average, draw=draw, steps=recipe.rounding_steps, learning_rate=recipe.rounding_learning_rate, progress=report
+    )
 
 
-def flow_loss(network: nn.Module, parts: DataParts, *, recipe: TrainingRecipe, stream: torch.Generator) -> torch.Tensor:
-    """Return the mean squared error of the velocity for one random batch of public images (a scalar)."""
+@dataclass(frozen=True, kw_only=True)
+class FlowBatch:
+    """What a network sees in one step, and should answer.
+
+    Attributes:
+        x_t: float [N, C, H, W], images on their way to noise, with pixels folded into channels.
+        t: float [N], how far they are, in 0 .. 1.
+        labels: int64 [N]; the number of classes stands for no label.
+        velocity: float [N, C, H, W], noise minus image.
+    """
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    labels: torch.Tensor
+    velocity: torch.Tensor
+
+
+def draw_batch(parts: DataParts, *, recipe: TrainingRecipe, stream: torch.Generator) -> FlowBatch:
+    """Draw public images, deformations, noise, times and which labels to drop."""
     size = recipe.batch_size
     index = torch.randint(len(parts.public), (size,), generator=stream)
     batch = parts.public.take(index)
@@ -133,11 +162,15 @@ def flow_loss(network: nn.Module, parts: DataParts, *, recipe: TrainingRecipe, s
     x = F.pixel_unshuffle(pixels, patch_of(parts.image_size))
     e = torch.randn(x.shape, generator=stream)
     t = torch.sigmoid(torch.randn(size, generator=stream))  # most draws in the middle, where the task is hardest
-    x_t = torch.lerp(x, e, t[:, None, None, None])
     nothing = torch.full((size,), parts.info.num_classes)
     labels = torch.where(torch.rand(size, generator=stream) < recipe.label_dropout, nothing, batch.labels)
-    velocity = network(x_t, t * 1000, class_labels=labels).sample
-    return F.mse_loss(velocity, e - x)
+    return FlowBatch(x_t=torch.lerp(x, e, t[:, None, None, None]), t=t, labels=labels, velocity=e - x)
+
+
+def flow_loss(network: nn.Module, batch: FlowBatch) -> torch.Tensor:
+    """Return the mean squared error of the velocity (a scalar)."""
+    velocity = network(batch.x_t, batch.t * 1000, class_labels=batch.labels).sample
+    return F.mse_loss(velocity, batch.velocity)
 
 
 def _schedule(step: int, recipe: TrainingRecipe) -> float:

@@ -33,7 +33,7 @@ from fbl_flower.params import Arrays
 
 _PACKAGES = ("fbl-flower", "flwr", "torch", "torchvision", "diffusers", "optimum-quanto", "numpy")
 # What may change when a run is resumed: it does not touch what a round computes.
-_FREE = {"resume", "num-server-rounds", "output-dir", "checkpoint-every", "timeout"}
+_FREE = {"resume", "num-server-rounds", "output-dir", "checkpoint-every", "timeout", "pictures"}
 _EMBEDDINGS = "alignment-embeddings"  # name of the averaged vectors beside the model's own names
 
 
