@@ -27,11 +27,11 @@ from torchvision import transforms
 from fbl_flower.config import RunConfig, flatten, parse_config
 from fbl_flower.data.batches import to_float
 from fbl_flower.data.datasets import load_parts
+from fbl_flower.device import autocast, memory_format, pick_device
 from fbl_flower.federation import client
 from fbl_flower.federation.wire import TRAIN, Reply, Request
 from fbl_flower.models import Classifier, new_classifier
 from fbl_flower.params import to_arrays
-from fbl_flower.training.device import autocast, memory_format, pick_device
 from fbl_flower.training.prepare import client_examples
 
 

@@ -118,9 +118,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 
 SEVERAL_EPOCHS = TrainConfig(epochs=2, batch_size=8, learning_rate=0.1, precision="fp32")
-BOTH = pytest.mark.parametrize(
-    "config", [PLAIN, SEVERAL_EPOCHS], ids=["one-epoch", "epochs-and-augmentation"]
-)
+BOTH = pytest.mark.parametrize("config", [PLAIN, SEVERAL_EPOCHS], ids=["one-epoch", "epochs-and-augmentation"])
 
 
 @BOTH

@@ -21,6 +21,7 @@ LEVELS: list[set[str]] = [
     {"methods", "balancing"},
     {"models", "generation"},
     {"data"},
+    {"device"},
     {"config"},
     {"params", "seeding", "errors"},
 ]

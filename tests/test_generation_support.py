@@ -14,7 +14,7 @@ from fbl_flower.generation.recipe import TrainingRecipe
 from fbl_flower.generation.training import train_generator
 
 DIGITS = DataConfig(name="digits", num_private=-1)
-TINY = TrainingRecipe(widths=(32,), steps=2, batch_size=8, warmup=0, rounding_steps=1)
+TINY = TrainingRecipe(widths=(32,), steps=2, batch_size=8, warmup=0)
 
 
 class Poison:
@@ -42,7 +42,7 @@ def two_class_parts(*, size: int = 4) -> DataParts:
     images = torch.cat([torch.zeros(6, 1, size, size), torch.full((6, 1, size, size), 255)]).to(torch.uint8)
     info = DataInfo(
         name="two", class_names=("black", "white"), channels=1, image_size=size, shift=0, flip=False,
-        num_test=1, num_public=12, num_validation=0,
+        num_test=1, num_public=12, num_validation=0, num_private=1,
     )  # fmt: skip
     public = Examples.real(images, torch.tensor([0] * 6 + [1] * 6))
     poison = cast(Examples, Poison())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -14,9 +13,7 @@ from test_generation_support import TINY, digits, two_class_parts
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation import training
 from fbl_flower.generation.augment import deform
-from fbl_flower.generation.quantization import dequantize_, quantize_
 from fbl_flower.generation.recipe import Augmentation, TrainingRecipe, check_files, read_info
-from fbl_flower.generation.rounding import adapt_to_rounding
 from fbl_flower.generation.training import draw_batch, fit_network, flow_loss, train_generator
 from fbl_flower.seeding import torch_stream
 
@@ -30,9 +27,7 @@ def stream(seed: int = 0) -> torch.Generator:
 def test_it_learns_black_and_white_from_public_images_only():
     # everything but the public part of these data raises when it is looked at
     parts = two_class_parts()
-    recipe = TrainingRecipe(
-        widths=(32,), steps=50, batch_size=32, warmup=5, learning_rate=3e-3, rounding_steps=0, augmentation=STILL
-    )
+    recipe = TrainingRecipe(widths=(32,), steps=50, batch_size=32, warmup=5, learning_rate=3e-3, augmentation=STILL)
     first = fit_network(parts, recipe=dataclasses.replace(recipe, steps=1))
     last = fit_network(parts, recipe=recipe)
     with torch.no_grad():
@@ -72,8 +67,7 @@ def test_the_folder_says_how_it_came_to_be(tmp_path):
     assert info.versions["optimum-quanto"] == "0.2.7"
     assert {path.name for path in (tmp_path / "new" / "g").iterdir()} == {*info.files, "recipe.json"}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["g"]
-    assert lines[-2].startswith("step 2 of 2: loss ") and lines[-2].endswith(", 0 s left")
-    assert lines[-1].startswith("rounding step 1 of 1: difference 0.")
+    assert lines[-1].startswith("step 2 of 2: loss ") and lines[-1].endswith(", 0 s left")
 
 
 def test_the_same_recipe_gives_the_same_files(tmp_path):
@@ -111,8 +105,7 @@ def test_a_class_without_images_is_named(tmp_path):
         ({"widths": ()}, "widths"),
         ({"steps": 0}, "steps"),
         ({"label_dropout": 1.0}, "label_dropout"),
-        ({"learning_rate": 0.0}, "learning rates: got 0.0"),
-        ({"rounding_steps": -1}, "rounding_steps"),
+        ({"learning_rate": 0.0}, "learning_rate: got 0.0"),
     ],
 )
 def test_wrong_recipes_are_refused(wrong, message):
@@ -132,35 +125,11 @@ def test_odd_sizes_train_without_folding():
 
 def test_every_kept_weight_is_an_average(monkeypatch):
     # decay (1 + 1) / (10 + 1) = 2/11 after the first step: average = 2/11 start + 9/11 after the step
-    parts, recipe = digits(), dataclasses.replace(TINY, steps=1, warmup=0, rounding_steps=0)
+    parts, recipe = digits(), dataclasses.replace(TINY, steps=1, warmup=0)
     with_average = fit_network(parts, recipe=recipe).state_dict()["conv_in.bias"]
     without = fit_network(parts, recipe=dataclasses.replace(recipe, ema=0.0)).state_dict()["conv_in.bias"]
     start = fit_network(parts, recipe=dataclasses.replace(recipe, ema=0.0, learning_rate=1e-30)).state_dict()["conv_in.bias"]
     torch.testing.assert_close(with_average, start * 2 / 11 + without * 9 / 11)
-
-
-def test_the_network_learns_to_bear_rounding():
-    parts = digits()
-    recipe = TrainingRecipe(widths=(32,), steps=30, batch_size=16, warmup=0, rounding_steps=0, learning_rate=3e-3)
-    teacher = fit_network(parts, recipe=recipe)
-    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    draws, seen = stream(), draw_batch(parts, recipe=recipe, stream=stream(99))
-
-    def draw():
-        batch = draw_batch(parts, recipe=recipe, stream=draws)
-        return batch.x_t, batch.t * 1000, batch.labels
-
-    def harm(network):  # what rounding does to the answers
-        rounded = dequantize_(quantize_(copy.deepcopy(network)))
-        with torch.no_grad():
-            wanted, got = (n(seen.x_t, seen.t * 1000, class_labels=seen.labels).sample for n in (teacher, rounded))
-        return (wanted - got).square().mean().item()
-
-    untouched = adapt_to_rounding(teacher, draw=draw, steps=0, learning_rate=1e-3)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in untouched.state_dict().items())
-    adapted = adapt_to_rounding(teacher, draw=draw, steps=30, learning_rate=1e-4)
-    assert harm(adapted) < 0.6 * harm(teacher)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 
 def test_no_deformation_is_the_identity():

@@ -85,15 +85,13 @@ class StateStore:
         with os.fdopen(handle, "wb") as stream:
             stream.write(save(tensors, metadata=numbers))
         os.replace(temporary, self._path(server_round))
-        needed = [r for r in self._rounds() if r <= checkpoint_round][-1:]
-        for old in self._rounds():
-            if old < checkpoint_round and old not in needed:
-                self._path(old).unlink(missing_ok=True)
+        for old in [r for r in self._rounds() if r <= checkpoint_round][:-1]:  # but for the newest of them
+            self._path(old).unlink(missing_ok=True)
 
     def _rounds(self) -> list[int]:
         if not self.folder.is_dir():
             return []
-        return sorted(int(m[1]) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)))
+        return sorted(int(m[1]) for name in os.listdir(self.folder) if (m := _NAME.fullmatch(name)))
 
     def _path(self, server_round: int) -> Path:
         return self.folder / f"round-{server_round:06d}.safetensors"

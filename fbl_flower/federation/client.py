@@ -15,7 +15,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fbl_flower.balancing.state import StateStore
-from fbl_flower.config import RunConfig, parse_config
+from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.errors import FBLError
 from fbl_flower.federation.wire import NodeDescription, Reply, Request, code_fingerprint
 from fbl_flower.training.prepare import ClientData, prepare_client
@@ -106,10 +106,15 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _config(context: Context) -> RunConfig:
-    config = parse_config(context.run_config)
+    config = _parsed(tuple(context.run_config.items()))
     if torch.get_num_threads() != config.num_threads:
         torch.set_num_threads(config.num_threads)
     return config
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(items: tuple[tuple[str, Value], ...]) -> RunConfig:
+    return parse_config(dict(items))
 
 
 def _state_dir(context: Context) -> Path:

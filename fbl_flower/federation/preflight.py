@@ -5,9 +5,9 @@ from __future__ import annotations
 from fbl_flower.config import RunConfig
 from fbl_flower.data.datasets import load_parts
 from fbl_flower.data.partition import partition
+from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, GeneratorError
 from fbl_flower.generation.loading import check_generator
-from fbl_flower.training.device import pick_device
 
 
 def preflight(config: RunConfig) -> None:

@@ -12,13 +12,13 @@ from fbl_flower.balancing.state import BalancingState, StateStore
 from fbl_flower.config import RunConfig
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import Examples, concatenate
+from fbl_flower.device import pick_device
 from fbl_flower.errors import StateError
 from fbl_flower.federation.client import state_folder
 from fbl_flower.params import Arrays
 from fbl_flower.reporting.alignment_picture import alignment_picture
 from fbl_flower.reporting.pictures import accuracy_curve, class_counts, gallery
 from fbl_flower.reporting.rundir import RunDirectory
-from fbl_flower.training.device import pick_device
 from fbl_flower.training.evaluation import predict
 from fbl_flower.training.prepare import ClientData, prepare_client
 from fbl_flower.training.round import load_classifier

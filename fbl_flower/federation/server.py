@@ -20,6 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fbl_flower.config import RunConfig, parse_config
 from fbl_flower.data.datasets import DataParts, load_parts
+from fbl_flower.device import pick_device
 from fbl_flower.errors import FBLError, RunFailed
 from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.preflight import preflight
@@ -31,7 +32,6 @@ from fbl_flower.params import Arrays, all_finite, to_arrays, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 from fbl_flower.seeding import numpy_stream
 from fbl_flower.training.central import warm_start_model
-from fbl_flower.training.device import pick_device
 from fbl_flower.training.evaluation import Evaluation, evaluate
 from fbl_flower.training.round import load_classifier
 

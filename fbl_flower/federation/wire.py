@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,12 +137,22 @@ class Reply:
 
 def array_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     """Pack named arrays."""
-    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in arrays.items()})
 
 
 def named_arrays(record: ArrayRecord) -> Arrays:
-    """Unpack named arrays, each in its own dtype."""
-    return {name: array.numpy() for name, array in record.items()}
+    """Unpack named arrays, each in its own dtype.
+
+    The values are the end of what Flower stores, after numpy's header, which is not parsed: for models of many small arrays that took longer
+    than everything else in a message.
+    """
+    arrays: Arrays = {}
+    for name, array in record.items():
+        dtype = np.dtype(array.dtype)
+        num_bytes = dtype.itemsize * math.prod(array.shape)
+        values = np.frombuffer(array.data, dtype=dtype, offset=len(array.data) - num_bytes)
+        arrays[name] = values.reshape(array.shape).copy()
+    return arrays
 
 
 @functools.cache

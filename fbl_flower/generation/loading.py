@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fbl_flower.config import RunConfig
 from fbl_flower.data.datasets import DataParts
+from fbl_flower.device import pick_device
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.protocol import ImageGenerator
 from fbl_flower.generation.public import PublicImages
@@ -95,7 +96,11 @@ def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
     from fbl_flower.generation.diffusion import DiffusionGenerator
 
     return DiffusionGenerator.load(
-        generator_folder(config, parts), steps=chosen.steps, guidance=chosen.guidance, batch_size=chosen.batch_size
+        generator_folder(config, parts),
+        steps=chosen.steps,
+        guidance=chosen.guidance,
+        batch_size=chosen.batch_size,
+        device=pick_device(config).type,
     )
 
 

@@ -51,8 +51,6 @@ class TrainingRecipe:
         label_dropout: Share of the images trained without their label, for classifier-free guidance.
         ema: Largest decay of the moving average of the weights; the average is what is kept.
         augmentation: Random deformations, against memorising.
-        rounding_steps: Steps after that, in which the weights learn to bear being rounded to 4 bits.
-        rounding_learning_rate: Step size of Adam in them, falling linearly to zero.
         seed: Decides the first weights and every draw.
     """
 
@@ -66,21 +64,18 @@ class TrainingRecipe:
     label_dropout: float = 0.1
     ema: float = 0.999
     augmentation: Augmentation = field(default_factory=Augmentation)
-    rounding_steps: int = 150
-    rounding_learning_rate: float = 2e-4
     seed: int = 0
 
     def __post_init__(self) -> None:
         problems = []
         if not self.widths or any(width < 32 or width % 32 for width in self.widths):
             problems.append(f"widths: got {self.widths}; wanted multiples of 32")
-        if self.steps < 1 or self.batch_size < 1 or self.warmup < 0 or self.rounding_steps < 0:
-            got = f"{self.steps}, {self.batch_size}, {self.warmup}, {self.rounding_steps}"
-            problems.append(f"steps, batch_size, warmup, rounding_steps: got {got}; wanted >= 1, 1, 0, 0")
+        if self.steps < 1 or self.batch_size < 1 or self.warmup < 0:
+            problems.append(f"steps, batch_size, warmup: got {self.steps}, {self.batch_size}, {self.warmup}; wanted >= 1, 1, 0")
         if not 0 <= self.label_dropout < 1 or not 0 <= self.ema < 1:
             problems.append(f"label_dropout, ema: got {self.label_dropout}, {self.ema}; wanted 0 <= x < 1")
-        if self.learning_rate <= 0 or self.rounding_learning_rate <= 0:
-            problems.append(f"learning rates: got {self.learning_rate}, {self.rounding_learning_rate}; wanted > 0")
+        if self.learning_rate <= 0:
+            problems.append(f"learning_rate: got {self.learning_rate}; wanted > 0")
         if problems:
             raise GeneratorError("recipe of a generator: " + "; ".join(problems))
 

@@ -1,4 +1,4 @@
-"""Train a generator on the public images: rectified flow, getting used to rounding, then 4-bit weights.
+"""Train a generator on the public images: rectified flow, then 4-bit weights.
 
 A network learns the velocity that carries noise to images along straight lines (Liu et al., arXiv 2209.03003):
 x_t = (1 - t) x + t e, with target e - x. A generator that is going to stand on every client must never have seen a
@@ -28,7 +28,6 @@ from fbl_flower.generation.augment import deform
 from fbl_flower.generation.network import build_network, network_config, patch_of
 from fbl_flower.generation.quantization import LAYERS, WEIGHTS, quantize_, save_quantized
 from fbl_flower.generation.recipe import NETWORK, GeneratorInfo, TrainingRecipe, file_sha256, write_info
-from fbl_flower.generation.rounding import Inputs, adapt_to_rounding
 from fbl_flower.seeding import derive, torch_stream
 
 _REPORTS = 40  # progress lines of a whole training
@@ -91,7 +90,7 @@ def train_generator(
 
 
 def fit_network(parts: DataParts, *, recipe: TrainingRecipe, progress: Callable[[str], None] | None = None) -> nn.Module:
-    """Return the trained float network, ready to be rounded: `train_generator` without the file."""
+    """Return the moving average of the trained float network: `train_generator` without the files."""
     config = network_config(
         image_size=parts.image_size, channels=parts.info.channels, num_classes=parts.info.num_classes, widths=recipe.widths
     )
@@ -122,18 +121,7 @@ def fit_network(parts: DataParts, *, recipe: TrainingRecipe, progress: Callable[
             left = (time.perf_counter() - start) / step * (recipe.steps - step)
             recent = sum(losses[-50:]) / len(losses[-50:])
             progress(f"step {step} of {recipe.steps}: loss {recent:.4f}, {left:.0f} s left")
-
-    def draw() -> Inputs:
-        batch = draw_batch(parts, recipe=recipe, stream=stream)
-        return batch.x_t, batch.t * 1000, batch.labels
-
-    def report(step: int, difference: float) -> None:
-        if progress and (step % 25 == 0 or step == recipe.rounding_steps):
-            progress(f"rounding step {step} of {recipe.rounding_steps}: difference {difference:.5f}")
-
-    return adapt_to_rounding(
-        average, draw=draw, steps=recipe.rounding_steps, learning_rate=recipe.rounding_learning_rate, progress=report
-    )
+    return average
 
 
 @dataclass(frozen=True, kw_only=True)

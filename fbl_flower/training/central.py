@@ -11,10 +11,10 @@ import torch
 from fbl_flower.config import RunConfig
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import Examples
+from fbl_flower.device import pick_device
 from fbl_flower.generation.cache import ImageCache, generate_cached
 from fbl_flower.models import Classifier, new_classifier
 from fbl_flower.seeding import derive, torch_stream
-from fbl_flower.training.device import pick_device
 from fbl_flower.training.evaluation import evaluate
 from fbl_flower.training.loop import train
 from fbl_flower.training.prepare import augmentation_of, shared_generator

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from fbl_flower.data.batches import to_float
 from fbl_flower.data.examples import Examples
+from fbl_flower.device import autocast, memory_format
 from fbl_flower.models import Classifier
-from fbl_flower.training.device import autocast, memory_format
 
 _BATCH = 250
 

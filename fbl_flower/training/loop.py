@@ -12,8 +12,8 @@ from fbl_flower.balancing.alignment import alignment_offset
 from fbl_flower.config import TrainConfig
 from fbl_flower.data.batches import augment, batch_indices, to_float
 from fbl_flower.data.examples import Examples
+from fbl_flower.device import autocast, memory_format
 from fbl_flower.models import Classifier
-from fbl_flower.training.device import autocast, memory_format
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from fbl_flower.balancing.sampling import choose_kept, replay_due
 from fbl_flower.balancing.state import BalancingState
 from fbl_flower.config import RunConfig
 from fbl_flower.data.examples import Examples, concatenate
+from fbl_flower.device import pick_device
 from fbl_flower.models import Classifier, empty_classifier
 from fbl_flower.params import Arrays, to_arrays, to_state
 from fbl_flower.seeding import numpy_stream, torch_stream
-from fbl_flower.training.device import pick_device
 from fbl_flower.training.evaluation import per_image_losses
 from fbl_flower.training.loop import TrainResult, train
 from fbl_flower.training.prepare import ClientData
