@@ -8,6 +8,7 @@ however it was started, and nobody else's process is touched.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -37,7 +38,8 @@ def main(command: list[str]) -> int:
         print(f"  {process} {name}", file=sys.stderr)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in descendants():
-            os.kill(process, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
         deadline = time.monotonic() + 5
         while descendants() and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -40,13 +40,19 @@ def check_superlink(app: Path) -> None:
     except OSError:  # no such folder outside Linux
         return
     foreign = any((started_in / name).exists() for name in ("client_app.py", "fbl_flower"))
-    if foreign and started_in.resolve() != app.resolve():
+    if foreign and _code(started_in) != _code(app):
         raise ConfigError(
             [
                 f"the background SuperLink (process {process}) was started in {started_in}, and its clients would "
                 f"import the code there, not that of {app}; stop it with `fbl-flower superlink stop`"
             ]
         )
+
+
+def _code(folder: Path) -> dict[str, bytes]:
+    """Return what clients would import from `folder`, by name."""
+    files = [folder / "client_app.py", *(folder / "fbl_flower").rglob("*.py")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.is_file() and "_app" not in file.parts}
 
 
 def stop_superlink(*, force: bool = False) -> str:

@@ -10,6 +10,7 @@ Markers:
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import signal
@@ -74,7 +75,8 @@ def _end_processes_of(home: Path) -> None:
     for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
         deadline = time.monotonic() + patience
         for process in _processes_of(home):
-            os.kill(process, number)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself meanwhile
+                os.kill(process, number)
         while _processes_of(home):
             if time.monotonic() > deadline:
                 break

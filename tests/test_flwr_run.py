@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -71,7 +72,8 @@ def test_a_killed_simulation_is_resumed_to_the_metrics_of_an_unbroken_run(
             assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.05)
         for pid in _simulations(environment["HOME"]):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         assert process.wait(TEN_MINUTES / 2) == 1, (tmp_path / "log").read_text()
     killed = only_run(tmp_path)
     num_before = len(_lines(tmp_path))

@@ -83,7 +83,9 @@ def seen_by_server(run_config: dict[str, Any], engine: Callable[..., None], log:
         text = re.sub(r"(accuracy|loss|on 40 test images:) \d+\.\d+", r"\1 X", text)
         return re.sub(r"\d+\.\d+ s\b", "T s", text)
 
-    own = [line for line in log if not re.search(r"(?i)ray|simulat|flower|resource|supernode|backend|node_id|pyproject", line)]
+    own = [
+        line for line in log if not re.search(r"(?i)\bray|simulat|flower|resource|supernode|backend|node_id|pyproject|run with id", line)
+    ]
     failures = [m for m in messages if m.has_error()]
     assert len(failures) == 2, "client 1 fails in both rounds"
     return sorted(neutral(describe(m)) for m in messages), sorted(neutral(line) for line in own if line.strip())

@@ -11,23 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fbl_flower.balancing.state import StateStore
 from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.errors import FBLError
 from fbl_flower.federation.wire import NodeDescription, Reply, Request, code_fingerprint
+from fbl_flower.params import all_finite
 from fbl_flower.training.prepare import ClientData, prepare_client
 from fbl_flower.training.round import run_local_round
 
 app = ClientApp()
 _log = logging.getLogger("fbl_flower.client")  # not Flower's logger, whose lines may reach the server
 Handler = Callable[[Message, Context], Message]
-
-
-class ClientFailed(Exception):
-    """What the server is told when a client fails."""
+CLIENT_FAILED = 2  # the code that Flower itself sends when a ClientApp raises
 
 
 def state_folder(state_dir: str | Path, run: str, client: int) -> Path:
@@ -36,23 +34,25 @@ def state_folder(state_dir: str | Path, run: str, client: int) -> Path:
 
 
 def _discreet(handler: Handler) -> Handler:
-    """Send only an error's public text to the server; the whole of it goes to a file on the client."""
+    """Send only an error's public text to the server; the whole of it goes to a file on the client.
+
+    The error is an answer, and not raised: Flower's simulation would put the traceback into what the server gets.
+    """
 
     @functools.wraps(handler)
     def guarded(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
         except Exception as error:
-            folder = _state_dir(context)
+            log_file = _state_dir(context) / "client-errors.log"
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with (folder / "client-errors.log").open("a") as file:
+                log_file.parent.mkdir(parents=True, exist_ok=True)
+                with log_file.open("a") as file:
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {traceback.format_exc()}\n")
             except OSError:
                 pass  # a full or read-only disk must not hide the reason from the server
-            where = f"; the client's {folder / 'client-errors.log'} has the details"
-            reason = error.public if isinstance(error, FBLError) else f"{type(error).__name__}"
-        raise ClientFailed(reason + where)  # outside the handler: no chained traceback reaches the server's log
+            reason = error.public if isinstance(error, FBLError) else type(error).__name__
+            return Message(Error(CLIENT_FAILED, f"{reason}; the client's {log_file} has the details"), reply_to=message)
 
     return guarded
 
@@ -91,7 +91,7 @@ def train(message: Message, context: Context) -> Message:
     if state is not None and request.embeddings is not None:
         state = replace(state, embeddings=torch.from_numpy(request.embeddings))
     result = run_local_round(request.arrays, data, state, config=config, server_round=request.server_round)
-    if result.state is not None:
+    if result.state is not None and all_finite(result.arrays) and bool(result.state.embeddings.isfinite().all()):
         store.save(result.state, server_round=request.server_round, checkpoint_round=request.checkpoint_round)
     shares = config.balancing.average_embeddings and result.state is not None
     reply = Reply(

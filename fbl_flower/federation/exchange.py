@@ -42,13 +42,15 @@ def ask(
         timeout: Also the time after which the messages themselves expire, so that a slow client does not work on old ones.
         progress: Called with (answers so far, requests) after each answer.
     """
-    messages = [
-        Message(content, dst_node_id=node, message_type=message_type, ttl=timeout) for node, content in requests.values()
-    ]
-    ids = list(grid.push_messages(messages))
-    waiting = dict(zip(ids, requests, strict=True))
     contents: dict[int, RecordDict] = {}
     failures: dict[int, str] = {}
+    waiting: dict[str, int] = {}
+    for key, (node, content) in requests.items():  # one at a time: of several, Flower does not tell which could not be sent
+        ids = list(grid.push_messages([Message(content, dst_node_id=node, message_type=message_type, ttl=timeout)]))
+        if ids and ids[0]:
+            waiting[ids[0]] = key
+        else:
+            failures[key] = "the message could not be sent"
     deadline, pause = time.monotonic() + timeout, _FIRST_PAUSE
     while waiting and time.monotonic() < deadline:
         replies = list(grid.pull_messages(list(waiting)))

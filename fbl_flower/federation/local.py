@@ -18,7 +18,6 @@ from flwr.supercore.task_identity import TaskIdentity
 from fbl_flower.config import RunConfig, Value, flatten, parse_config
 from fbl_flower.federation import client, server
 
-_CLIENT_RAISED = 2  # what Flower sends when a ClientApp raises
 _LONGEST_WAIT = 1.0  # seconds in which a look for replies comes back at the latest, so that a time-out is seen
 
 
@@ -125,4 +124,4 @@ class LocalGrid(Grid):
         try:
             return self._client_app(message=message, context=self._contexts[message.metadata.dst_node_id])
         except Exception as error:  # a node's failure is an answer, as in Flower's own engines
-            return Message(Error(_CLIENT_RAISED, f"{type(error)}:<'{error}'>"), reply_to=message)
+            return Message(Error(client.CLIENT_FAILED, f"{type(error)}:<'{error}'>"), reply_to=message)

@@ -156,7 +156,8 @@ class _Federation:
         replies: dict[int, Reply] = {}
         for client, content in answers.contents.items():
             reply = Reply.from_record(content)
-            if all_finite(reply.arrays) and math.isfinite(reply.loss):
+            vectors = {} if reply.embeddings is None else {"P": reply.embeddings}
+            if all_finite(reply.arrays) and all_finite(vectors) and math.isfinite(reply.loss):
                 replies[client] = reply
             else:
                 failures[client] = "its model or its loss is not finite"
@@ -235,7 +236,7 @@ class _Federation:
         try:
             if self.config.pictures:
                 write_report(self.run_dir, self.config, point.arrays)
-        except (FBLError, OSError) as error:  # the run itself is whole
+        except Exception as error:  # the run itself is whole
             log(WARNING, "Not every picture could be drawn: %s", error)
         log(INFO, "Final accuracy on %d test images: %.2f %%", len(self.parts.test), 100 * rows[-1]["accuracy"])
         if left_out or unprepared:
@@ -245,7 +246,7 @@ class _Federation:
 
 def choose_clients(config: RunConfig, clients: list[int], server_round: int) -> list[int]:
     """Choose the clients of a round: ceil(fraction-train * all) of them, uniformly, from the run's seed alone."""
-    number = math.ceil(config.fraction_train * len(clients))
+    number = math.ceil(round(config.fraction_train * len(clients), 9))  # 0.28 x 25 is 7, not 7.000000000000001
     rng = numpy_stream(config.seed, "clients", server_round)
     return sorted(rng.choice(np.array(clients), size=number, replace=False).tolist())
 

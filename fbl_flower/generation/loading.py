@@ -21,7 +21,14 @@ def bundled_generator(data_name: str, image_size: int) -> Path:
         data_name: The data set whose public images trained it.
         image_size: Height and width of its images, in pixels.
     """
-    return Path(str(importlib.resources.files("fbl_generators"))) / f"{data_name}-{image_size}px"
+    try:
+        package = importlib.resources.files("fbl_generators")
+    except ModuleNotFoundError as error:
+        raise GeneratorError(
+            "generator.path: empty, and the package fbl_generators, which comes with fbl-flower, is not installed; "
+            "run `pip install .` in the checkout, or give the folder of a generator"
+        ) from error
+    return Path(str(package)) / f"{data_name}-{image_size}px"
 
 
 def generator_folder(config: RunConfig, parts: DataParts) -> Path:
@@ -42,7 +49,10 @@ def check_generator(config: RunConfig, parts: DataParts) -> list[str]:
         counts = parts.public.counts(parts.info.num_classes).tolist()
         lacking = [name for name, count in zip(parts.info.class_names, counts, strict=True) if not count]
         return [f"public-images: no public image of {', '.join(lacking)}; use more (data.num-public)"] if lacking else []
-    folder = generator_folder(config, parts)
+    try:
+        folder = generator_folder(config, parts)
+    except GeneratorError as error:
+        return [str(error)]
     if not config.generator.path and not folder.is_dir():
         names = sorted(path.name for path in folder.parent.iterdir() if (path / RECIPE).is_file())
         problem = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from fbl_flower.generation.loading import load_generator
 from fbl_flower.generation.protocol import ImageGenerator
 from fbl_flower.seeding import numpy_stream
 from fbl_flower.training.loop import Augmentation
+
+# accelerate patches nn.Module while a network is laid out: two threads must not load, or make a classifier, at once.
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,12 @@ def augmentation_of(parts: DataParts) -> Augmentation:
     return Augmentation(shift=round(info.shift * parts.image_size / info.image_size), flip=info.flip)
 
 
-@functools.lru_cache(maxsize=1)
 def shared_generator(config: RunConfig) -> ImageGenerator:
     """Load the run's generator once per process; several clients of a simulation share it."""
+    with _LOADING:
+        return _load_once(config)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(config: RunConfig) -> ImageGenerator:
     return load_generator(config, load_parts(config.data))
