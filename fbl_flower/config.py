@@ -298,7 +298,8 @@ def _build(cls: type, values: Mapping[str, Value], prefix: str = "") -> Any:
     for f in fields(cls):
         key = prefix + f.name.replace("_", "-")
         if f.default is MISSING:  # a section: its default is made by its own class
-            arguments[f.name] = _build(f.default_factory, values, key + ".")
+            section: Any = f.default_factory
+            arguments[f.name] = _build(section, values, key + ".")
         else:
             arguments[f.name] = values.get(key, f.default)
     return cls(**arguments)

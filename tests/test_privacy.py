@@ -84,7 +84,9 @@ def seen_by_server(run_config: dict[str, Any], engine: Callable[..., None], log:
         return re.sub(r"\d+\.\d+ s\b", "T s", text)
 
     own = [
-        line for line in log if not re.search(r"(?i)\bray|simulat|flower|resource|supernode|backend|node_id|pyproject|run with id", line)
+        line
+        for line in log
+        if not re.search(r"(?i)\bray|simulat|flower|resource|supernode|backend|node_id|pyproject|run with id", line)
     ]
     failures = [m for m in messages if m.has_error()]
     assert len(failures) == 2, "client 1 fails in both rounds"

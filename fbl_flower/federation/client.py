@@ -7,7 +7,6 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -88,9 +87,14 @@ def train(message: Message, context: Context) -> Message:
     data = _client_data(config, request.client, _state_dir(context))  # prepared at first contact, if it was not before
     store = StateStore(state_folder(_state_dir(context), request.run, request.client))
     state = store.load(before_round=request.server_round)
-    if state is not None and request.embeddings is not None:
-        state = replace(state, embeddings=torch.from_numpy(request.embeddings))
-    result = run_local_round(request.arrays, data, state, config=config, server_round=request.server_round)
+    result = run_local_round(
+        request.arrays,
+        data,
+        state,
+        config=config,
+        server_round=request.server_round,
+        averaged_embeddings=request.embeddings,
+    )
     if result.state is not None and all_finite(result.arrays) and bool(result.state.embeddings.isfinite().all()):
         store.save(result.state, server_round=request.server_round, checkpoint_round=request.checkpoint_round)
     shares = config.balancing.average_embeddings and result.state is not None

@@ -22,9 +22,15 @@ _PAUSE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Roster:
-    """The node id of each client that some connected node hosts, by client number."""
+    """Who is there.
+
+    Attributes:
+        node_of: The node id of each client that some node hosts, by client number.
+        absent: Clients that no node hosts, because it did not come or did not answer.
+    """
 
     node_of: dict[int, int]
+    absent: list[int]
 
 
 def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
@@ -39,7 +45,7 @@ def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
     expected = max(d.num_partitions for d in described.values())
     if len(nodes) < expected:
         nodes = _wait_for_nodes(grid, expected, deadline)
-        described |= _describe(grid, [n for n in nodes if n not in described], deadline)
+        described |= _describe(grid, [n for n in nodes if n not in described], deadline, others=True)
     for description in described.values():
         if description.code != code_fingerprint():
             raise RunFailed(
@@ -55,7 +61,7 @@ def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
     hosts = {client: place[client % expected] for client in range(num_clients) if client % expected in place}
     if not hosts:
         raise RunFailed(f"{len(nodes)} nodes connected, and none hosts a client; wanted partition-id from 0 to {expected - 1}")
-    return Roster(node_of=hosts)
+    return Roster(node_of=hosts, absent=[client for client in range(num_clients) if client not in hosts])
 
 
 def _wait_for_nodes(grid: Grid, number: int, deadline: float) -> list[int]:
@@ -67,7 +73,8 @@ def _wait_for_nodes(grid: Grid, number: int, deadline: float) -> list[int]:
     return nodes
 
 
-def _describe(grid: Grid, nodes: list[int], deadline: float) -> dict[int, NodeDescription]:
+def _describe(grid: Grid, nodes: list[int], deadline: float, *, others: bool = False) -> dict[int, NodeDescription]:
+    """Ask nodes who they are. A node that does not answer is absent, unless nobody does; `others` says that some did before."""
     if not nodes:
         return {}
     answers = ask(grid, {node: (node, RecordDict()) for node in nodes}, DESCRIBE, timeout=max(deadline - time.monotonic(), 1.0))
@@ -75,7 +82,7 @@ def _describe(grid: Grid, nodes: list[int], deadline: float) -> dict[int, NodeDe
     for node, content in answers.contents.items():
         if "node" in content:
             descriptions[node] = NodeDescription.from_record(content)
-    if len(descriptions) < len(answers.contents) or not descriptions:
+    if len(descriptions) < len(answers.contents) or (not descriptions and not others):
         reasons = "; ".join(sorted(set(answers.failures.values()))) or "they answered as another app"
         raise RunFailed(
             f"{len(nodes) - len(descriptions)} of {len(nodes)} nodes did not describe themselves as FBL clients: {reasons}. "

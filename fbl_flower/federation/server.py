@@ -84,7 +84,10 @@ class _Federation:
         if config.balancing.enabled and config.balancing.average_embeddings:
             log(WARNING, "balancing.average-embeddings: vectors that moved tell the server which classes a client fills")
         roster = call_roll(self.grid, num_clients=config.num_clients, timeout=config.timeout)
-        unprepared = self._prepare(roster)
+        unprepared = dict.fromkeys(roster.absent, "no node hosts it")
+        for client, reason in unprepared.items():
+            log(WARNING, "Client %d takes no part: %s", client, reason)
+        unprepared |= self._prepare(roster)
         prepare_seconds = time.perf_counter() - started
         point = start or self._first_point()
         for server_round in range(point.server_round + 1, config.num_server_rounds + 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ class DiffusionGenerator:
             "guidance": float(guidance),
             "batch_size": batch_size,
             "device": self._device.type,
+            "threads": torch.get_num_threads(),  # rounding, and so pixels, may differ with these three
+            "versions": [torch.__version__, importlib.metadata.version("diffusers")],
         }
         self.fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

@@ -48,6 +48,7 @@ def run_local_round(
     *,
     config: RunConfig,
     server_round: int,
+    averaged_embeddings: np.ndarray | None = None,
 ) -> LocalRoundResult:
     """Run one round of a client: a pure function of what it is given.
 
@@ -57,12 +58,15 @@ def run_local_round(
         state: What the client remembers, or None in its first round.
         config: The run's configuration.
         server_round: Number of the round, from 1; names the random streams.
+        averaged_embeddings: float [C, D], in place of the client's own vectors, where the server averages them.
     """
     device = pick_device(config)
     model = load_classifier(arrays, config, channels=data.real.images.shape[1], num_classes=data.num_classes, device=device)
     real, examples = data.real.to(device), data.real
     if data.plan is not None:
         state = _balance(model, real, data, state, config=config, server_round=server_round)
+        if averaged_embeddings is not None:
+            state = replace(state, embeddings=torch.tensor(averaged_embeddings))
         examples = concatenate(data.real.take(state.kept.nonzero().flatten()), data.fill)
     if len(examples) == 0:
         return LocalRoundResult(arrays=dict(arrays), num_examples=0, num_real=len(data.real), training=None, state=state)
