@@ -134,7 +134,12 @@ def _client_data(config: RunConfig, client: int, state_dir: Path) -> ClientData:
         _log.setLevel(logging.INFO)
         _log.propagate = False
 
+    told = 0
+
     def progress(done: int, total: int) -> None:
-        _log.info("client %d: %d of %d synthetic images generated", client, done, total)
+        nonlocal told
+        for quarter in range(told + 1, 4 * done // total + 1):  # shares only: a simulation passes these lines on to the server
+            _log.info("client %d: %d %% of its synthetic images generated", client, 25 * quarter)
+            told = quarter
 
     return prepare_client(config, client, cache_folder=state_dir / "cache", progress=progress)

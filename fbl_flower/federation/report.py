@@ -24,7 +24,7 @@ from fbl_flower.training.evaluation import predict
 from fbl_flower.training.prepare import ClientData, prepare_client
 from fbl_flower.training.round import load_classifier
 
-_MOST_IMAGES = 2000  # real, and as many synthetic ones, behind the alignment picture
+_MOST_IMAGES = 500  # real, and as many synthetic ones, behind the alignment picture
 
 
 def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays) -> None:

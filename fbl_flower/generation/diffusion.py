@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -105,8 +106,9 @@ class DiffusionGenerator:
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         x = torch.stack(noise).to(self._device)
         classes = torch.tensor(labels, device=self._device)
-        scheduler: Any = DPMSolverMultistepScheduler(**_SCHEDULER)
-        scheduler.set_timesteps(self._steps, device=self._device)
+        with np.errstate(divide="ignore"):  # its first noise level is infinite, on purpose
+            scheduler: Any = DPMSolverMultistepScheduler(**_SCHEDULER)
+            scheduler.set_timesteps(self._steps, device=self._device)
         for t in scheduler.timesteps:
             x = scheduler.step(self._velocity(x, t.expand(len(x)).float(), classes), t, x, return_dict=False)[0]
         pixels = F.pixel_shuffle(x, self._patch).clamp(-1, 1)
