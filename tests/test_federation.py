@@ -49,6 +49,15 @@ def test_run_directory_holds_everything(tmp_path: Path) -> None:
     assert all(np.isfinite(a).all() for a in model.values())
 
 
+def test_a_client_logs_its_alignment_on_its_own_disk(tmp_path: Path) -> None:
+    outcome = run_local(quick(tmp_path, fraction_train=1.0))
+    log = tmp_path / "state" / "clients" / outcome.run_dir.name / "client-0001" / "alignment.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    assert len(rows[0]["norm_of_P"]) == 10 and max(rows[0]["norm_of_P"]) > 0
+    assert 0 <= rows[-1]["synthetic_accuracy_without_P"] <= 1
+
+
 def test_same_seed_same_bytes_whatever_runs_in_parallel(tmp_path: Path) -> None:
     one = run_local(quick(tmp_path / "a"), workers=1)
     two = run_local(quick(tmp_path / "b"), workers=3, num_nodes=2)  # other folders, threads and nodes
