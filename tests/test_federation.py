@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from helpers import quick
@@ -21,6 +22,7 @@ from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.local import LocalGrid, run_local
 from fbl_flower.federation.wire import Reply, Request, code_fingerprint
 from fbl_flower.reporting.rundir import RunDirectory
+from fbl_flower.training import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +58,14 @@ def test_a_client_logs_its_alignment_on_its_own_disk(tmp_path: Path) -> None:
     assert [row["round"] for row in rows] == [1, 2, 3]
     assert len(rows[0]["norm_of_P"]) == 10 and max(rows[0]["norm_of_P"]) > 0
     assert 0 <= rows[-1]["synthetic_accuracy_without_P"] <= 1
+
+
+def test_clients_in_parallel_share_one_generator(tmp_path: Path) -> None:
+    """Two threads that load at once would leave torch's modules patched: then nothing could be trained any more."""
+    prepare._load_once.cache_clear()
+    settings = quick(tmp_path, generator__name="diffusion", num_server_rounds=1, data__num_private=60)
+    assert run_local(settings, workers=4).summary["left_out"] == {}
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
 
 
 def test_same_seed_same_bytes_whatever_runs_in_parallel(tmp_path: Path) -> None:
