@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -34,6 +35,15 @@ class BalancingState:
     embeddings: torch.Tensor
     synthetic_accuracy: float = float("nan")
     aligned_accuracy: float = float("nan")
+
+    def alignment_row(self) -> dict[str, list[float] | float | None]:
+        """Say how large P is and how well synthetic images are classified without and with it, as JSON can hold it."""
+        without, aligned = self.synthetic_accuracy, self.aligned_accuracy
+        return {
+            "norm_of_P": self.embeddings.norm(dim=1).tolist(),
+            "synthetic_accuracy_without_P": None if math.isnan(without) else without,
+            "synthetic_accuracy_with_P": None if math.isnan(aligned) else aligned,
+        }
 
 
 class StateStore:

@@ -14,7 +14,7 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fbl_flower.balancing.state import BalancingState, StateStore
+from fbl_flower.balancing.state import StateStore
 from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.errors import FBLError
 from fbl_flower.federation.wire import NodeDescription, Reply, Request, code_fingerprint
@@ -99,7 +99,8 @@ def train(message: Message, context: Context) -> Message:
     if result.state is not None and all_finite(result.arrays) and bool(result.state.embeddings.isfinite().all()):
         store.save(result.state, server_round=request.server_round, checkpoint_round=request.checkpoint_round)
         if config.balancing.alignment:
-            _log_alignment(store.folder / "alignment.jsonl", request.server_round, result.state)
+            with (store.folder / "alignment.jsonl").open("a") as file:  # for the client's own eyes
+                file.write(json.dumps({"round": request.server_round} | result.state.alignment_row()) + "\n")
     shares = config.balancing.average_embeddings and result.state is not None
     reply = Reply(
         arrays=result.arrays,
@@ -110,18 +111,6 @@ def train(message: Message, context: Context) -> Message:
         embeddings=result.state.embeddings.numpy() if shares and result.state is not None else None,
     )
     return Message(reply.to_record(), reply_to=message)
-
-
-def _log_alignment(path: Path, server_round: int, state: BalancingState) -> None:
-    """Write down, for the client's own eyes, how large P is and how well synthetic images are classified without and with it."""
-    row = {
-        "round": server_round,
-        "norm_of_P": state.embeddings.norm(dim=1).tolist(),
-        "synthetic_accuracy_without_P": state.synthetic_accuracy,
-        "synthetic_accuracy_with_P": state.aligned_accuracy,
-    }
-    with path.open("a") as file:
-        file.write(json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n")  # no NaN in JSON
 
 
 def _config(context: Context) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,11 +54,6 @@ def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays) -> None:
         _write_alignment(run, config, parts, arrays, clients, states)
 
 
-def _number(value: float) -> float | None:
-    """Return the value as JSON can hold it: what was not measured is null."""
-    return None if math.isnan(value) else value
-
-
 def _newest_state(folder: Path) -> BalancingState | None:
     """Return what a client last knew; a damaged state was reported when the client failed over it."""
     try:
@@ -100,14 +94,7 @@ def _write_alignment(
         {
             "classes": [asdict(row) for row in rows],
             "clients": [
-                {
-                    "client": c.client,
-                    "norm_of_P": s.embeddings.norm(dim=1).tolist(),
-                    "synthetic_accuracy_without_P": _number(s.synthetic_accuracy),
-                    "synthetic_accuracy_with_P": _number(s.aligned_accuracy),
-                }
-                for c, s in zip(clients, states, strict=True)
-                if s is not None
+                {"client": c.client} | s.alignment_row() for c, s in zip(clients, states, strict=True) if s is not None
             ],
         },
     )

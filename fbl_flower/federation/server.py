@@ -90,15 +90,14 @@ class _Federation:
         unprepared |= self._prepare(roster)
         prepare_seconds = time.perf_counter() - started
         point = start or self._first_point()
+        checkpoint_round = point.server_round
         for server_round in range(point.server_round + 1, config.num_server_rounds + 1):
-            checkpoint_round = (server_round - 1) // config.checkpoint_every * config.checkpoint_every
-            if start is not None:
-                checkpoint_round = max(checkpoint_round, start.server_round)
             result = self._train(roster, point, server_round, checkpoint_round)
             point = self._aggregate(result, point, server_round)
             self._record(result, point)
             if server_round % config.checkpoint_every == 0 or server_round == config.num_server_rounds:
                 self.run_dir.write_checkpoint(point)
+                checkpoint_round = server_round
         self._finish(point, unprepared, prepare_seconds, time.perf_counter() - started)
 
     def _prepare(self, roster: Roster) -> dict[int, str]:
