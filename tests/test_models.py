@@ -1,11 +1,15 @@
 """Classifiers: stems, norms, shapes, and where their random weights come from."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
 from fbl_flower.config import ModelConfig
 from fbl_flower.models import Classifier, empty_classifier, new_classifier
+from fbl_flower.models.classifier import _WindowConv2d
 from fbl_flower.params import to_arrays
 
 
@@ -102,3 +106,34 @@ def test_an_empty_classifier_takes_the_weights_of_another() -> None:
     empty.load_state_dict(full.state_dict(), assign=True)
     images = torch.rand(2, 3, 8, 8)
     assert torch.equal(empty(images), full(images))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 2), (3, 3), (4, 4)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_of_a_tiny_map_is_torchs_own_with_the_same_gradients(
+    size: tuple[int, int], stride: int, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 5, 3, stride=stride, padding=1, bias=bias).double()
+    ours = _WindowConv2d(6, 5, 3, stride=stride, padding=1, bias=bias).double()
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 6, *size, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_(True), x.clone().requires_grad_(True)]
+    outputs = [module(value) for module, value in zip((plain, ours), inputs, strict=True)]
+    assert outputs[0].shape == outputs[1].shape
+    assert torch.allclose(*outputs, atol=1e-12)
+    for output in outputs:
+        (output**2).sum().backward()
+    assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-12)
+    assert torch.allclose(plain.weight.grad, ours.weight.grad, atol=1e-12)
+
+
+def test_resnet18_is_torchvisions_own_function_at_sizes_with_maps_of_one_pixel() -> None:
+    model = new_classifier(ModelConfig(), channels=3, num_classes=10, seed=3)
+    reference = resnet18(norm_layer=partial(nn.GroupNorm, 32))
+    reference.fc = nn.Identity()
+    reference.load_state_dict(model.features.state_dict())
+    for side in (8, 28, 32, 64):
+        x = torch.randn(2, 3, side, side)
+        assert torch.allclose(model.features(x), reference(x), atol=1e-4)

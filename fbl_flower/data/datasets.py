@@ -61,7 +61,7 @@ DATASETS = {
     for info in (
         DataInfo(
             name="mnist5k", class_names=_DIGITS, channels=1, image_size=28, shift=2, flip=False,
-            num_test=1000, num_public=800, num_validation=200, num_private=2000,
+            num_test=1000, num_public=500, num_validation=200, num_private=2000,
         ),
         DataInfo(
             name="digits", class_names=_DIGITS, channels=1, image_size=8, shift=1, flip=False,
