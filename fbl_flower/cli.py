@@ -55,7 +55,7 @@ def configuration_table() -> str:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from fbl_flower.overrides import chosen_config
+    from fbl_flower.commands.overrides import chosen_config
 
     if options.engine == "local" and (options.nodes is not None or options.app is not None):
         raise ConfigError(
@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     import torch
 
-    from fbl_flower.simulation import run_simulation
+    from fbl_flower.commands.simulation import run_simulation
 
     gpu = config.device != "cpu" and torch.cuda.is_available()
     run_simulation(settings, nodes=options.nodes or config.num_clients, app=options.app, gpu=gpu)
@@ -86,19 +86,19 @@ def _config(_: argparse.Namespace) -> None:
 
 
 def _generator(options: argparse.Namespace) -> None:
-    from fbl_flower import generator_commands
+    from fbl_flower.commands import generator as generator_commands
 
     (generator_commands.train if options.action == "train" else generator_commands.quality)(options)
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fbl_flower import sweep
+    from fbl_flower.commands import sweep
 
     return sweep.sweep_command(files=options.files, seeds=options.seeds, num_jobs=options.jobs, out=options.out)
 
 
 def _superlink_stop(options: argparse.Namespace) -> None:
-    from fbl_flower.superlink import stop_superlink
+    from fbl_flower.commands.superlink import stop_superlink
 
     print(stop_superlink(force=options.force))
 

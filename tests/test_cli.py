@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from fbl_flower import app_folder, cli, simulation, superlink
+from fbl_flower import cli
+from fbl_flower.commands import app_folder, flower_cli, simulation, superlink
+from fbl_flower.commands.overrides import chosen_config, read_overrides, read_toml
 from fbl_flower.config import RunConfig, flatten, to_toml
 from fbl_flower.errors import ConfigError, RunFailed
-from fbl_flower.overrides import chosen_config, read_overrides, read_toml
 
 ROOT = Path(__file__).parents[1]
 
@@ -131,8 +132,9 @@ def fake_flower(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, status: str,
     answer = f'{{"success": true, "runs": [{{"run-id": "42", "status": "{status}", "status-details": "told to fail"}}]}}'
     script.write_text(f"#!/bin/sh\nif [ $1 = run ]; then echo '{says}'; else echo Listing; echo '{answer}'; fi\n")
     script.chmod(0o755)
-    monkeypatch.setattr(simulation, "flower_program", lambda name: str(script))
-    monkeypatch.setattr(simulation, "neutral_directory", lambda: tmp_path)
+    for module in (simulation, flower_cli):
+        monkeypatch.setattr(module, "flower_program", lambda name: str(script))
+        monkeypatch.setattr(module, "neutral_directory", lambda: tmp_path)
     monkeypatch.setattr(simulation, "check_superlink", lambda app: None)
 
 
@@ -174,7 +176,7 @@ def test_superlink_stop_finds_the_process_by_its_port(
     ]
     monkeypatch.setattr(superlink, "_processes", lambda: listing)
     assert superlink.find_superlink("39091") == 5 and superlink.find_superlink("39092") is None
-    monkeypatch.setattr(simulation, "run_status", lambda: [{"run-id": "9", "status": "running"}])
+    monkeypatch.setattr(superlink, "run_status", lambda: [{"run-id": "9", "status": "running"}])
     monkeypatch.setenv("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "39091")
     assert cli.main(["superlink", "stop"]) == 1
     assert "runs are active on port 39091: 9" in capsys.readouterr().err

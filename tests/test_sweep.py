@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fbl_flower.commands.experiments import read_rows
+from fbl_flower.commands.sweep import Job, run_sweep
 from fbl_flower.config import flatten
 from fbl_flower.errors import ConfigError
-from fbl_flower.experiments import read_rows
 from fbl_flower.reporting.results_table import TableLine, as_csv, as_markdown
-from fbl_flower.sweep import Job, run_sweep
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments" / "mnist5k"

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fbl_flower.commands.experiments import Row, read_rows
 from fbl_flower.config import RunConfig, Value, flatten, parse_config
 from fbl_flower.errors import ConfigError, FBLError, RunFailed
-from fbl_flower.experiments import Row, read_rows
 from fbl_flower.reporting.results_table import TableLine, as_csv, as_markdown
 
 _POLL_S = 0.2
@@ -193,7 +193,7 @@ def _start(job: Job) -> Process:
     command = [
         sys.executable,
         "-m",
-        "fbl_flower.sweep",
+        "fbl_flower.commands.sweep",
         "--one",
         str(job.row.file),
         "--seed",
@@ -226,7 +226,7 @@ def _outcome(job: Job) -> str:
 
 
 def _main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m fbl_flower.sweep", description="Run one job of a sweep.")
+    parser = argparse.ArgumentParser(prog="python -m fbl_flower.commands.sweep", description="Run one job of a sweep.")
     parser.add_argument("--one", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)

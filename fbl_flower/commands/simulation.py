@@ -6,24 +6,20 @@ clients then import their code from there. So it is called from an empty directo
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from fbl_flower.app_folder import app_folder
+from fbl_flower.commands.app_folder import app_folder
+from fbl_flower.commands.flower_cli import final_status, flower_environment, flower_program, neutral_directory, stop_run
+from fbl_flower.commands.superlink import check_superlink
 from fbl_flower.config import Value, to_toml
 from fbl_flower.errors import RunFailed
-from fbl_flower.superlink import check_superlink
 
 _STARTED = re.compile(r"started run (\d+)")
-_PATIENCE_S = 60.0  # from the end of the log to a final status
 
 
 def run_simulation(settings: Mapping[str, Value], *, nodes: int, app: Path | None = None, gpu: bool = False) -> None:
@@ -45,57 +41,11 @@ def run_simulation(settings: Mapping[str, Value], *, nodes: int, app: Path | Non
         resources = f"num-supernodes={nodes} client-resources-num-cpus=1 client-resources-num-gpus={0.1 if gpu else 0.0}"
         command = [flower_program("flwr"), "run", str(folder), "--stream", "--federation-config", resources, "-c", str(config)]
         run_id = _follow(command)
-    status, details = _final_status(run_id)
+    status, details = final_status(run_id)
     if status != "finished:completed":
         raise RunFailed(
             f"run {run_id}: {status}" + (f": {details}" if details else "") + f"; its log: flwr log {run_id} --show"
         )
-
-
-def run_status(run_id: str | None = None) -> list[dict[str, Any]]:
-    """Ask the SuperLink for its runs, or for one of them; each has `run-id`, `status` and `status-details`."""
-    which = ["--run-id", run_id] if run_id else []
-    command = [flower_program("flwr"), "ls", *which, "--format", "json"]
-    done = subprocess.run(command, env=flower_environment(), cwd=neutral_directory(), capture_output=True, text=True)
-    try:
-        answer = json.loads(done.stdout[done.stdout.index("{") :])  # notices may come before it
-    except ValueError as error:
-        raise RunFailed(f"`flwr ls` gave no answer: {(done.stderr or done.stdout).strip()}") from error
-    if not answer.get("success", False):
-        raise RunFailed(f"`flwr ls` failed: {answer.get('error-message', answer)}")
-    return list(answer["runs"])
-
-
-def stop_run(run_id: str) -> None:
-    """Stop a run and wait until its processes had time to end."""
-    command = [flower_program("flwr"), "stop", run_id]
-    subprocess.run(command, env=flower_environment(), cwd=neutral_directory(), capture_output=True)
-    _final_status(run_id)
-
-
-def flower_environment() -> dict[str, str]:
-    """Return the environment for Flower's programs: this virtual environment's programs first, no installing at run time."""
-    programs = str(Path(sys.executable).parent)
-    return os.environ | {
-        "PATH": programs + os.pathsep + os.environ.get("PATH", ""),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def neutral_directory() -> Path:
-    """Return a directory without code, from which a background SuperLink may be started."""
-    folder = Path("~/.fbl/superlink").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def flower_program(name: str) -> str:
-    """Return the path of one of Flower's programs, beside this Python."""
-    path = Path(sys.executable).parent / name
-    return str(path) if path.exists() else name
 
 
 def _follow(command: list[str]) -> str:
@@ -127,13 +77,3 @@ def _follow(command: list[str]) -> str:
     if run_id is None:
         raise RunFailed("`flwr run` did not start the run: " + "".join(refusal[-20:]).strip())
     return run_id
-
-
-def _final_status(run_id: str) -> tuple[str, str]:
-    """Wait for a final status; the log may end a little earlier."""
-    deadline = time.monotonic() + _PATIENCE_S
-    while True:
-        row = run_status(run_id)[0]
-        if row["status"].startswith("finished") or time.monotonic() > deadline:
-            return row["status"], row.get("status-details") or ""
-        time.sleep(1.0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fbl_flower.commands.overrides import read_overrides
 from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.data.batches import to_float
 from fbl_flower.data.datasets import load_parts
@@ -17,7 +18,6 @@ from fbl_flower.generation.loading import generator_folder, load_generator
 from fbl_flower.generation.quality import Classifier, measure_quality
 from fbl_flower.generation.recipe import TrainingRecipe
 from fbl_flower.generation.training import train_generator
-from fbl_flower.overrides import read_overrides
 from fbl_flower.training.central import train_centrally
 
 _BATCH = 250  # images that a measuring classifier sees at once

@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from fbl_flower.commands.flower_cli import run_status, stop_run
 from fbl_flower.errors import ConfigError, RunFailed
 
 
@@ -64,8 +65,6 @@ def stop_superlink(*, force: bool = False) -> str:
     Raises:
         RunFailed: Runs are active, or the process does not end.
     """
-    from fbl_flower.simulation import run_status, stop_run
-
     port = superlink_port()
     process = find_superlink(port)
     if process is None:

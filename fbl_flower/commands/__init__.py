@@ -1,0 +1,1 @@
+"""What the `fbl-flower` command can do: runs, tables, generators, and Flower's own programs."""

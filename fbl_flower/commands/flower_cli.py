@@ -1,0 +1,71 @@
+"""Flower's own command line: which programs to call, in what surroundings, and what `flwr ls` says of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fbl_flower.errors import RunFailed
+
+_PATIENCE_S = 60.0  # from the end of a log to a final status
+
+
+def flower_program(name: str) -> str:
+    """Return the path of one of Flower's programs, beside this Python."""
+    path = Path(sys.executable).parent / name
+    return str(path) if path.exists() else name
+
+
+def flower_environment() -> dict[str, str]:
+    """Return the environment for Flower's programs: this virtual environment's programs first, no installing at run time."""
+    programs = str(Path(sys.executable).parent)
+    return os.environ | {
+        "PATH": programs + os.pathsep + os.environ.get("PATH", ""),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def neutral_directory() -> Path:
+    """Return a directory without code, from which a background SuperLink may be started."""
+    folder = Path("~/.fbl/superlink").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_status(run_id: str | None = None) -> list[dict[str, Any]]:
+    """Ask the SuperLink for its runs, or for one of them; each has `run-id`, `status` and `status-details`."""
+    which = ["--run-id", run_id] if run_id else []
+    command = [flower_program("flwr"), "ls", *which, "--format", "json"]
+    done = subprocess.run(command, env=flower_environment(), cwd=neutral_directory(), capture_output=True, text=True)
+    try:
+        answer = json.loads(done.stdout[done.stdout.index("{") :])  # notices may come before it
+    except ValueError as error:
+        raise RunFailed(f"`flwr ls` gave no answer: {(done.stderr or done.stdout).strip()}") from error
+    if not answer.get("success", False):
+        raise RunFailed(f"`flwr ls` failed: {answer.get('error-message', answer)}")
+    return list(answer["runs"])
+
+
+def stop_run(run_id: str) -> None:
+    """Stop a run and wait until its processes had time to end."""
+    command = [flower_program("flwr"), "stop", run_id]
+    subprocess.run(command, env=flower_environment(), cwd=neutral_directory(), capture_output=True)
+    final_status(run_id)
+
+
+def final_status(run_id: str) -> tuple[str, str]:
+    """Wait for a final status; the log may end a little earlier."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        row = run_status(run_id)[0]
+        if row["status"].startswith("finished") or time.monotonic() > deadline:
+            return row["status"], row.get("status-details") or ""
+        time.sleep(1.0)
