@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Array, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from helpers import quick
 from safetensors.numpy import load_file
@@ -20,7 +20,7 @@ from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
 from fbl_flower.federation import client, server
 from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.local import LocalGrid, run_local
-from fbl_flower.federation.wire import Reply, Request, code_fingerprint
+from fbl_flower.federation.wire import Reply, Request, array_record, code_fingerprint
 from fbl_flower.reporting.rundir import RunDirectory
 from fbl_flower.training import prepare
 
@@ -279,3 +279,17 @@ def test_ask_reports_each_answer_and_keeps_order() -> None:
 
 def test_fingerprint_is_of_this_code() -> None:
     assert len(code_fingerprint()) == 64 and code_fingerprint() == code_fingerprint()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=np.float32).reshape(2, 3), np.float64(1.5).reshape(()), np.zeros((0, 4), np.int64),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.arange(12, dtype=np.uint8)[::3], np.array([True, False]),
+    ],
+)  # fmt: skip
+def test_arrays_travel_as_flower_itself_packs_them(array: np.ndarray) -> None:
+    ours, flowers = array_record({"x": array})["x"], Array(np.ascontiguousarray(array).reshape(array.shape))
+    assert (ours.dtype, tuple(ours.shape), ours.stype) == (flowers.dtype, tuple(flowers.shape), flowers.stype)
+    assert bytes(ours.data) == bytes(flowers.data)
+    assert np.array_equal(ours.numpy(), array) and ours.numpy().dtype == array.dtype

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.constant import SType
 
 from fbl_flower.params import Arrays
 
@@ -136,8 +138,21 @@ class Reply:
 
 
 def array_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
-    """Pack named arrays."""
-    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in arrays.items()})
+    """Pack named arrays, in the format of Flower's own `Array(ndarray)`: what `numpy.save` writes."""
+    packed = {}
+    for name, array in arrays.items():
+        data = _npy_header(array.dtype, array.shape) + array.tobytes()
+        packed[name] = Array(dtype=str(array.dtype), shape=array.shape, stype=SType.NUMPY, data=data)
+    return ArrayRecord(packed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """Return what `numpy.save` writes before the values of an array in C order. The models of a run have few shapes."""
+    stream = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
 
 
 def named_arrays(record: ArrayRecord) -> Arrays:

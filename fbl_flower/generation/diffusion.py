@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fbl_flower.device import keep_freed_memory
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.network import build_network, patch_of, read_network_config
 from fbl_flower.generation.protocol import check_request
@@ -77,6 +78,7 @@ class DiffusionGenerator:
                 f"generator.steps, generator.guidance, generator.batch-size: got {steps}, {guidance}, {batch_size}; "
                 "wanted 1 or more of each"
             )
+        keep_freed_memory()
         info = read_info(folder)
         if problems := check_files(folder, info):
             raise GeneratorError("; ".join(problems))

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fbl_flower.data.datasets import DataParts
+from fbl_flower.device import keep_freed_memory
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.augment import deform
 from fbl_flower.generation.network import build_network, network_config, patch_of
@@ -91,6 +92,7 @@ def train_generator(
 
 def fit_network(parts: DataParts, *, recipe: TrainingRecipe, progress: Callable[[str], None] | None = None) -> nn.Module:
     """Return the moving average of the trained float network: `train_generator` without the files."""
+    keep_freed_memory()
     config = network_config(
         image_size=parts.image_size, channels=parts.info.channels, num_classes=parts.info.num_classes, widths=recipe.widths
     )

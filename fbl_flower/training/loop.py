@@ -12,7 +12,7 @@ from fbl_flower.balancing.alignment import alignment_offset
 from fbl_flower.config import TrainConfig
 from fbl_flower.data.batches import augment, batch_indices, to_float
 from fbl_flower.data.examples import Examples
-from fbl_flower.device import autocast, memory_format
+from fbl_flower.device import autocast, keep_freed_memory, memory_format
 from fbl_flower.models import Classifier
 
 
@@ -65,6 +65,7 @@ def train(
         embedding_learning_rate: Step size of the vectors.
         drop: Probability that a synthetic image loses its vector.
     """
+    keep_freed_memory()
     device = examples.images.device
     layout = memory_format(model, device)
     model.to(memory_format=layout)
