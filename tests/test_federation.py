@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,18 @@ def test_resumed_run_ends_with_the_metrics_of_an_unbroken_one(tmp_path: Path, mo
     assert metrics(killed) == metrics(unbroken.run_dir)
     for name, array in load_file(unbroken.run_dir / "model.safetensors").items():
         np.testing.assert_array_equal(array, load_file(killed / "model.safetensors")[name])
+
+
+def test_a_client_whose_memory_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = quick(tmp_path, num_server_rounds=2, fraction_train=1.0)
+    run_dir = run_local(settings).run_dir
+    shutil.rmtree(tmp_path / "state" / "clients" / run_dir.name / "client-0002")
+    lines: list[str] = []
+    monkeypatch.setattr(server, "log", lambda level, text, *values: lines.append(text % values))
+    run_local(settings | {"num-server-rounds": 4, "resume": str(run_dir)})
+    assert [line for line in lines if "afresh" in line] == [
+        "Round 3: client 2 finds nothing of this run on its disk and starts afresh"
+    ]
 
 
 def test_resume_refuses_other_settings_and_damaged_checkpoints(tmp_path: Path) -> None:
@@ -249,7 +262,7 @@ def test_wire_round_trip_keeps_names_dtypes_and_numbers() -> None:
     np.testing.assert_array_equal(back.embeddings, np.ones((2, 2)))
     reply = Reply(arrays=arrays, num_examples=5, num_real=4, loss=0.25, seconds=1.5)
     assert Reply.from_record(reply.to_record()).loss == 0.25
-    assert set(reply.to_record().metric_records["metrics"]) == {"num-examples", "num-real", "train-loss", "seconds"}
+    assert set(reply.to_record().metric_records["metrics"]) == {"num-examples", "num-real", "train-loss", "seconds", "forgot"}
 
 
 def test_choose_clients_depends_on_seed_and_round_only() -> None:

@@ -108,6 +108,7 @@ def train(message: Message, context: Context) -> Message:
         num_real=result.num_real,
         loss=result.training.loss if result.training else 0.0,
         seconds=time.perf_counter() - started,
+        forgot=request.last_round > 0 and state is None and result.state is not None,
         embeddings=result.state.embeddings.numpy() if shares and result.state is not None else None,
     )
     return Message(reply.to_record(), reply_to=message)

@@ -77,6 +77,7 @@ class _Federation:
         self.grid, self.config, self.run_dir = grid, config, run
         self.parts: DataParts = load_parts(config.data)
         self.device = pick_device(config)
+        self.last_round: dict[int, int] = {}  # the last round in which a client succeeded
 
     def run(self, start: Checkpoint | None) -> None:
         config = self.config
@@ -91,6 +92,8 @@ class _Federation:
         prepare_seconds = time.perf_counter() - started
         point = start or self._first_point()
         checkpoint_round = point.server_round
+        for row in self.run_dir.read_rows("metrics.jsonl"):
+            self.last_round |= dict.fromkeys(row.get("clients", ()), row["round"])
         for server_round in range(point.server_round + 1, config.num_server_rounds + 1):
             result = self._train(roster, point, server_round, checkpoint_round)
             point = self._aggregate(result, point, server_round)
@@ -149,6 +152,7 @@ class _Federation:
                 client=client,
                 server_round=server_round,
                 checkpoint_round=checkpoint_round,
+                last_round=self.last_round.get(client, 0),
                 arrays=point.arrays,
                 embeddings=point.embeddings,
             )
@@ -163,10 +167,15 @@ class _Federation:
                 replies[client] = reply
             else:
                 failures[client] = "its model or its loss is not finite"
+            if reply.forgot:
+                log(
+                    WARNING, "Round %d: client %d finds nothing of this run on its disk and starts afresh", server_round, client
+                )
         for client, reason in sorted(failures.items()):
             log(WARNING, "Round %d: client %d is left out: %s", server_round, client, reason)
         if not replies:
             raise RunFailed(f"round {server_round}: no client succeeded: " + _reasons(failures))
+        self.last_round |= dict.fromkeys(replies, server_round)
         return _Round(replies=replies, failures=dict(sorted(failures.items())), seconds=time.perf_counter() - started)
 
     def _aggregate(self, result: _Round, point: Checkpoint, server_round: int) -> Checkpoint:

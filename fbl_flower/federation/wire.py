@@ -60,6 +60,7 @@ class Request:
         client: Number of the client (a node may host several).
         server_round: From 1; 0 while preparing.
         checkpoint_round: Round of the server's last checkpoint.
+        last_round: The last round in which the client succeeded; 0 if none yet.
         arrays: The global model; empty while preparing.
         embeddings: float [C, D], averaged alignment vectors, where that setting is on; else None.
     """
@@ -68,6 +69,7 @@ class Request:
     client: int
     server_round: int = 0
     checkpoint_round: int = 0
+    last_round: int = 0
     arrays: Mapping[str, np.ndarray]
     embeddings: np.ndarray | None = None
 
@@ -75,7 +77,7 @@ class Request:
         """Pack the request; `packed`, if given, holds `arrays` already (the same for every client of a round)."""
         numbers: dict[str, int | str] = {
             "run": self.run, "client": self.client, "server-round": self.server_round,
-            "checkpoint-round": self.checkpoint_round,
+            "checkpoint-round": self.checkpoint_round, "last-round": self.last_round,
         }  # fmt: skip
         content = RecordDict({"request": ConfigRecord(dict(numbers)), "arrays": packed or array_record(self.arrays)})
         if self.embeddings is not None:
@@ -90,6 +92,7 @@ class Request:
             client=int(str(numbers["client"])),
             server_round=int(str(numbers["server-round"])),
             checkpoint_round=int(str(numbers["checkpoint-round"])),
+            last_round=int(str(numbers["last-round"])),
             arrays=named_arrays(content.array_records["arrays"]),
             embeddings=_embeddings(content),
         )
@@ -105,6 +108,7 @@ class Reply:
         num_real: Its real images.
         loss: Mean training loss; 0 for a client without images.
         seconds: Time that the client took.
+        forgot: Whether the client took part before and finds nothing of it on its disk: it started afresh.
         embeddings: The client's alignment vectors, only where averaging them is on.
     """
 
@@ -113,11 +117,13 @@ class Reply:
     num_real: int
     loss: float
     seconds: float
+    forgot: bool = False
     embeddings: np.ndarray | None = None
 
     def to_record(self) -> RecordDict:
         metrics: dict[str, int | float] = {
             "num-examples": self.num_examples, "num-real": self.num_real, "train-loss": self.loss, "seconds": self.seconds,
+            "forgot": int(self.forgot),
         }  # fmt: skip
         content = RecordDict({"arrays": array_record(self.arrays), "metrics": MetricRecord(dict(metrics))})
         if self.embeddings is not None:
@@ -133,6 +139,7 @@ class Reply:
             num_real=int(str(metrics["num-real"])),
             loss=float(str(metrics["train-loss"])),
             seconds=float(str(metrics["seconds"])),
+            forgot=bool(metrics["forgot"]),
             embeddings=_embeddings(content),
         )
 
