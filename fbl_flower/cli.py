@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -144,6 +145,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--learning-rate", type=float, help="peak of the step size")
     train.add_argument("--widths", type=numbers, help="channels at each resolution, such as 64,96")
     train.add_argument("--seed", type=int, default=0, help="of the weights and every draw")
+    train.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="M", help="stop after M minutes; the same command goes on from there"
+    )
+    train.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=100,
+        metavar="STEPS",
+        help="steps between checkpoints, in DIR.training (default: 100)",
+    )
     quality = actions.add_parser("quality", help="accuracy, diversity, and distance to the training images, as a table")
     quality.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="the generator (default: the bundled one)")
     quality.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="such as 0,1,2")

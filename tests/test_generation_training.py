@@ -8,13 +8,14 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from test_generation_support import TINY, digits, two_class_parts
 
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation import training
 from fbl_flower.generation.augment import deform
 from fbl_flower.generation.recipe import Augmentation, TrainingRecipe, check_files, read_info
-from fbl_flower.generation.training import draw_batch, fit_network, flow_loss, train_generator
+from fbl_flower.generation.training import Training, draw_batch, flow_loss, train_generator
 from fbl_flower.seeding import torch_stream
 
 STILL = Augmentation(rotation=0, scale=0, shear=0, shift=0, elastic=0)
@@ -22,6 +23,13 @@ STILL = Augmentation(rotation=0, scale=0, shear=0, shift=0, elastic=0)
 
 def stream(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def fit_network(parts, *, recipe):
+    fitted = Training(parts, recipe)
+    while fitted.steps_done < recipe.steps:
+        fitted.step()
+    return fitted.average
 
 
 def test_it_learns_black_and_white_from_public_images_only():
@@ -83,6 +91,58 @@ def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         train_generator(digits(), recipe=TINY, out=tmp_path / "g")
     assert list(tmp_path.iterdir()) == []
+
+
+PIECES = dataclasses.replace(TINY, steps=7)
+
+
+def test_a_training_in_pieces_ends_with_the_weights_of_one_piece(tmp_path, monkeypatch):
+    whole = train_generator(digits(), recipe=PIECES, out=tmp_path / "whole")
+    lines: list[str] = []
+    arguments = {"recipe": PIECES, "out": tmp_path / "pieces", "checkpoint_every": 2, "progress": lines.append}
+    step = Training.step
+
+    def stops(error, at):
+        def stopping(self):
+            if self.steps_done == at:
+                raise error
+            step(self)
+
+        return stopping
+
+    monkeypatch.setattr(Training, "step", stops(SystemExit(), 3))  # a kill: nothing is saved on the way out
+    with pytest.raises(SystemExit):
+        train_generator(digits(), **arguments)
+    monkeypatch.setattr(Training, "step", stops(KeyboardInterrupt(), 5))  # Ctrl-C: what was done since is saved
+    with pytest.raises(KeyboardInterrupt):
+        train_generator(digits(), **arguments)
+    monkeypatch.setattr(Training, "step", step)
+    assert train_generator(digits(), stop_after=0, **arguments) is None
+    folder = tmp_path / "pieces.training"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.safetensors", "preview.png"]
+    assert Image.open(folder / "preview.png").size == (10 * (8 + 2) + 2, 10 * (8 + 2) + 2)
+    info = train_generator(digits(), **arguments)
+    assert info.files == whole.files and not folder.exists()
+    assert [line for line in lines if line.startswith(("going on", "stopped"))] == [
+        "going on after step 2 of 7", "going on after step 5 of 7",
+        "stopped after step 5 of 7; the same command goes on", "going on after step 5 of 7",
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    out = tmp_path / "g"
+    assert train_generator(digits(), recipe=PIECES, out=out, stop_after=0) is None
+    with pytest.raises(
+        GeneratorError, match=r"g\.training/checkpoint\.safetensors belongs to a training with another recipe; remove"
+    ):
+        train_generator(digits(), recipe=TINY, out=out)
+    fewer = dataclasses.replace(digits(), public=digits().public.take(torch.arange(200)))
+    with pytest.raises(GeneratorError, match="with other public images"):
+        train_generator(fewer, recipe=PIECES, out=out)
+    checkpoint = tmp_path / "g.training" / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-40])
+    with pytest.raises(GeneratorError, match=r"checkpoint\.safetensors is damaged .*; remove .*g\.training to start afresh"):
+        train_generator(digits(), recipe=PIECES, out=out)
 
 
 def test_an_existing_folder_is_not_touched(tmp_path):

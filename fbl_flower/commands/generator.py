@@ -13,6 +13,7 @@ from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.data.batches import to_float
 from fbl_flower.data.datasets import load_parts
 from fbl_flower.data.examples import Examples
+from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError
 from fbl_flower.generation.loading import generator_folder, load_generator
 from fbl_flower.generation.quality import Classifier, measure_quality
@@ -24,14 +25,29 @@ _BATCH = 250  # images that a measuring classifier sees at once
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train a generator on the public part and write its folder."""
-    parts = load_parts(_configuration(options).data)
+    """Train a generator on the public part and write its folder; go on with a training that was stopped."""
+    config = _configuration(options)
+    parts = load_parts(config.data)
     torch.set_num_threads(options.threads)
     asked = {name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate", "widths", "seed")}
     recipe = TrainingRecipe(**{name: value for name, value in asked.items() if value is not None})
     out = options.out or Path(f"{parts.info.name}-{parts.image_size}px")
-    print(f"training on the {len(parts.public)} public images of {parts.info.name}", flush=True)
-    info = train_generator(parts, recipe=recipe, out=out, progress=lambda line: print(line, flush=True))
+    if options.checkpoint_every < 1 or options.minutes <= 0:
+        problem = f"--checkpoint-every, --minutes: got {options.checkpoint_every}, {options.minutes:g}; allowed: >= 1, > 0"
+        raise ConfigError([problem])
+    device = pick_device(config)
+    print(f"training on the {len(parts.public)} public images of {parts.info.name}, on {device.type}", flush=True)
+    info = train_generator(
+        parts,
+        recipe=recipe,
+        out=out,
+        device=device.type,
+        checkpoint_every=options.checkpoint_every,
+        stop_after=60 * options.minutes,
+        progress=lambda line: print(line, flush=True),
+    )
+    if info is None:
+        return
     print(f"{out}: trained in {info.wall_seconds:.0f} s ({info.cpu_seconds:.0f} s of processor time)")
 
 

@@ -45,7 +45,6 @@ class DiffusionGenerator:
         self._steps = steps
         self._guidance = guidance
         self._device = torch.device(device)
-        self._patch = patch_of(info.image_size)
         decisive = {
             "files": dict(sorted(info.files.items())),
             "scheduler": ["DPMSolverMultistep", _SCHEDULER],
@@ -98,29 +97,55 @@ class DiffusionGenerator:
             images[chunk] = batch[: self.batch_size - padding]
         return images
 
-    @torch.no_grad()  # not inference_mode, which quanto's tensors refuse
     def _batch(self, labels: list[int], seeds: list[int]) -> torch.Tensor:
         """Make exactly `batch_size` images."""
-        from diffusers import DPMSolverMultistepScheduler
+        return sample(
+            self._network, labels, seeds, image_size=self.info.image_size, channels=self.info.channels,
+            num_classes=self.info.num_classes, steps=self._steps, guidance=self._guidance, device=self._device,
+        )  # fmt: skip
 
-        side = self.info.image_size // self._patch
-        shape = (self.info.channels * self._patch**2, side, side)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        x = torch.stack(noise).to(self._device)
-        classes = torch.tensor(labels, device=self._device)
-        with np.errstate(divide="ignore"):  # its first noise level is infinite, on purpose
-            scheduler: Any = DPMSolverMultistepScheduler(**_SCHEDULER)
-            scheduler.set_timesteps(self._steps, device=self._device)
-        for t in scheduler.timesteps:
-            x = scheduler.step(self._velocity(x, t.expand(len(x)).float(), classes), t, x, return_dict=False)[0]
-        pixels = F.pixel_shuffle(x, self._patch).clamp(-1, 1)
-        return ((pixels + 1) * 127.5).round().to(torch.uint8).cpu()
 
-    def _velocity(self, x: torch.Tensor, t: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """Return v_none + guidance (v_class - v_none) (Ho and Salimans, arXiv 2207.12598); guidance 1 is v_class."""
-        if self._guidance == 1:
-            return self._network(x, t, class_labels=classes).sample
-        none = torch.full_like(classes, self.info.num_classes)
-        both = self._network(torch.cat([x, x]), torch.cat([t, t]), class_labels=torch.cat([classes, none])).sample
-        v_class, v_none = both.chunk(2)
-        return v_none + self._guidance * (v_class - v_none)
+@torch.no_grad()  # not inference_mode, which quanto's tensors refuse
+def sample(
+    network: nn.Module,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    image_size: int,
+    channels: int,
+    num_classes: int,
+    steps: int,
+    guidance: float,
+    device: torch.device,
+) -> torch.Tensor:
+    """Return uint8 [M, channels, image_size, image_size] on the CPU, all made in one batch.
+
+    Args:
+        network: Predicts the velocity; the class `num_classes` means none.
+        labels, seeds: One of each for every image; the noise of an image follows from its own seed.
+        image_size, channels, num_classes: What the network was trained for.
+        steps: Evaluations per image.
+        guidance: v_none + guidance (v_class - v_none) (Ho and Salimans, arXiv 2207.12598); 1 is v_class, at half the cost.
+        device: Where the network is.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    patch = patch_of(image_size)
+    shape = (channels * patch**2, image_size // patch, image_size // patch)
+    x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    classes = torch.tensor(labels, device=device)
+    none = torch.full_like(classes, num_classes)
+    with np.errstate(divide="ignore"):  # its first noise level is infinite, on purpose
+        scheduler: Any = DPMSolverMultistepScheduler(**_SCHEDULER)
+        scheduler.set_timesteps(steps, device=device)
+    for time in scheduler.timesteps:
+        t = time.expand(len(x)).float()
+        if guidance == 1:
+            velocity = network(x, t, class_labels=classes).sample
+        else:
+            both = network(torch.cat([x, x]), torch.cat([t, t]), class_labels=torch.cat([classes, none])).sample
+            v_class, v_none = both.chunk(2)
+            velocity = v_none + guidance * (v_class - v_none)
+        x = scheduler.step(velocity, time, x, return_dict=False)[0]
+    pixels = F.pixel_shuffle(x, patch).clamp(-1, 1)
+    return ((pixels + 1) * 127.5).round().to(torch.uint8).cpu()

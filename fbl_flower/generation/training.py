@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,44 +23,181 @@ import torch.nn.functional as F
 from torch import nn
 
 from fbl_flower.data.datasets import DataParts
-from fbl_flower.device import keep_freed_memory
+from fbl_flower.device import autocast, keep_freed_memory
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.augment import deform
 from fbl_flower.generation.network import build_network, network_config, patch_of
+from fbl_flower.generation.preview import write_preview
 from fbl_flower.generation.quantization import LAYERS, WEIGHTS, quantize_, save_quantized
 from fbl_flower.generation.recipe import NETWORK, GeneratorInfo, TrainingRecipe, file_sha256, write_info
+from fbl_flower.generation.training_checkpoint import Spent, TrainingCheckpoint
 from fbl_flower.seeding import derive, torch_stream
 
 _REPORTS = 40  # progress lines of a whole training
+_RECENT = 50  # steps whose mean loss they show
 
 
 def train_generator(
-    parts: DataParts, *, recipe: TrainingRecipe, out: Path, progress: Callable[[str], None] | None = None
-) -> GeneratorInfo:
-    """Train on `parts.public` and write a generator's folder.
+    parts: DataParts,
+    *,
+    recipe: TrainingRecipe,
+    out: Path,
+    device: str = "cpu",
+    checkpoint_every: int = 100,
+    stop_after: float = math.inf,
+    progress: Callable[[str], None] | None = None,
+) -> GeneratorInfo | None:
+    """Train on `parts.public` and write a generator's folder; a training that was stopped or killed goes on.
+
+    While it lasts, the folder OUT.training beside `out` holds a checkpoint and a preview, a grid of images with a row for each class.
+    A training in several pieces ends with the weights of one in a single piece.
 
     Args:
         parts: Only its public images and labels are read.
         recipe: The hyper-parameters; the same recipe gives the same weights with the same machine, libraries and
             number of threads.
         out: The folder to make. It appears whole or not at all.
+        device: "cpu" or "cuda". Every draw is made on the CPU.
+        checkpoint_every: Steps between checkpoints; a kill loses fewer than these.
+        stop_after: Seconds after which to stop with a checkpoint.
         progress: Is given a line of text now and then: step, loss, seconds left.
 
     Returns:
-        What was written to `recipe.json`.
+        What was written to `recipe.json`; None if `stop_after` ended the training before its last step.
 
     Raises:
-        GeneratorError: `out` is there already, a class has no public image, or the recipe does not fit the images.
+        GeneratorError: `out` is there already, a class has no public image, the recipe does not fit the images, or the checkpoint
+            is damaged or another training's.
     """
     if out.exists():
         raise GeneratorError(f"generator: {out} is there already; remove it, or choose another folder")
     counts = parts.public.counts(parts.info.num_classes)
     if lacking := [name for name, count in zip(parts.info.class_names, counts.tolist(), strict=True) if not count]:
         raise GeneratorError(f"generator: no public image of {', '.join(lacking)}; use more public images (data.num-public)")
-    wall, cpu = time.perf_counter(), time.process_time()
-    network = quantize_(fit_network(parts, recipe=recipe, progress=progress))
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    training = Training(parts, recipe, device=device)
+    checkpoint = TrainingCheckpoint(out.with_name(f"{out.name}.training"), recipe=recipe, public_sha256=parts.public_sha256)
+    if training.restore(checkpoint):
+        report(progress, f"going on after step {training.steps_done} of {recipe.steps}")
+    started = time.perf_counter()
+    try:
+        while training.steps_done < recipe.steps and time.perf_counter() - started < stop_after:
+            training.step()
+            if training.steps_done % checkpoint_every == 0:
+                training.save(checkpoint)
+            if training.steps_done % max(1, recipe.steps // _REPORTS) == 0 or training.steps_done == recipe.steps:
+                report(progress, training.describe())
+    except KeyboardInterrupt:
+        training.save(checkpoint)
+        raise
+    if training.steps_done < recipe.steps:
+        training.save(checkpoint)
+        report(progress, f"stopped after step {training.steps_done} of {recipe.steps}; the same command goes on")
+        return None
+    info = _write_folder(quantize_(training.average.cpu()), parts, recipe=recipe, out=out, spent=training.spent)
+    checkpoint.remove()
+    return info
 
+
+def report(progress: Callable[[str], None] | None, line: str) -> None:
+    if progress is not None:
+        progress(line)
+
+
+class Training:
+    """A training under way: all that its next step depends on.
+
+    Attributes:
+        average: The moving average of the weights, which is what a training is for.
+        steps_done: Optimiser steps so far.
+        spent: What they took, over all pieces of the training.
+    """
+
+    def __init__(self, parts: DataParts, recipe: TrainingRecipe, *, device: str = "cpu") -> None:
+        keep_freed_memory()
+        self._parts, self._recipe, self._device = parts, recipe, torch.device(device)
+        config = network_config(
+            image_size=parts.image_size, channels=parts.info.channels, num_classes=parts.info.num_classes, widths=recipe.widths
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(recipe.seed, "generator", "weights"))
+            self._network = build_network(config).to(self._device)
+        for parameter in self._network.get_submodule("conv_out").parameters():
+            nn.init.zeros_(parameter)  # the first guess is no velocity at all
+        self.average = copy.deepcopy(self._network).eval().requires_grad_(False)
+        self._optimizer = torch.optim.AdamW(
+            self._network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+        )
+        self._stream = torch_stream(recipe.seed, "generator", "draws")
+        self._losses: list[float] = []
+        self.steps_done, self.spent = 0, Spent()
+
+    def step(self) -> None:
+        """Take one optimiser step."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        recipe, step = self._recipe, self.steps_done + 1
+        for group in self._optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(step, recipe)
+        batch = draw_batch(self._parts, recipe=recipe, stream=self._stream).to(self._device)
+        with autocast("auto" if self._device.type == "cuda" else "fp32", self._device):
+            loss = flow_loss(self._network, batch)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._network.parameters(), recipe.clip_norm)
+        self._optimizer.step()
+        decay = min(recipe.ema, (1 + step) / (10 + step))  # a short memory while the weights still move fast
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self._network.parameters()), 1 - decay)
+        self._losses = [*self._losses[1 - _RECENT :], loss.item()]
+        self.steps_done = step
+        self.spent += Spent(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
+
+    def describe(self) -> str:
+        """Return a line on how far the training is."""
+        left = self.spent.wall / self.steps_done * (self._recipe.steps - self.steps_done)
+        recent = sum(self._losses) / len(self._losses)
+        return f"step {self.steps_done} of {self._recipe.steps}: loss {recent:.4f}, {left:.0f} s left"
+
+    def save(self, checkpoint: TrainingCheckpoint) -> None:
+        """Write a checkpoint and a preview."""
+        tensors = {f"network.{name}": tensor for name, tensor in self._network.state_dict().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
+        for place, values in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{place}.{name}": tensor for name, tensor in values.items()}
+        tensors["stream"] = self._stream.get_state()
+        checkpoint.write(tensors, steps_done=self.steps_done, losses=self._losses, spent=self.spent)
+        info, recipe = self._parts.info, self._recipe
+        write_preview(
+            checkpoint.folder / "preview.png", self.average, image_size=self._parts.image_size, channels=info.channels,
+            num_classes=info.num_classes, seed=recipe.seed, device=self._device,
+        )  # fmt: skip
+
+    def restore(self, checkpoint: TrainingCheckpoint) -> bool:
+        """Go to where a checkpoint is; return False if there is none."""
+        saved = checkpoint.read()
+        if saved is None:
+            return False
+        try:
+            self._network.load_state_dict(_below("network.", saved.tensors))
+            self.average.load_state_dict(_below("average.", saved.tensors))
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, tensor in _below("optimizer.", saved.tensors).items():
+                place, _, key = name.partition(".")
+                state.setdefault(int(place), {})[key] = tensor
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+            self._stream.set_state(saved.tensors["stream"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise GeneratorError(f"generator: {checkpoint.file} is damaged ({error}); remove {checkpoint.folder}") from error
+        self.steps_done, self._losses, self.spent = saved.steps_done, saved.losses, saved.spent
+        return True
+
+
+def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _write_folder(network: nn.Module, parts: DataParts, *, recipe: TrainingRecipe, out: Path, spent: Spent) -> GeneratorInfo:
+    """Write a quantised network and its recipe as the folder `out`, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
@@ -74,8 +211,8 @@ def train_generator(
             public_sha256=parts.public_sha256,
             num_images=len(parts.public),
             training=recipe,
-            wall_seconds=round(wall, 1),
-            cpu_seconds=round(cpu, 1),
+            wall_seconds=round(spent.wall, 1),
+            cpu_seconds=round(spent.cpu, 1),
             num_threads=torch.get_num_threads(),
             versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "optimum-quanto")},
             files={name: file_sha256(folder / name) for name in (NETWORK, WEIGHTS, LAYERS)},
@@ -88,42 +225,6 @@ def train_generator(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return info
-
-
-def fit_network(parts: DataParts, *, recipe: TrainingRecipe, progress: Callable[[str], None] | None = None) -> nn.Module:
-    """Return the moving average of the trained float network: `train_generator` without the files."""
-    keep_freed_memory()
-    config = network_config(
-        image_size=parts.image_size, channels=parts.info.channels, num_classes=parts.info.num_classes, widths=recipe.widths
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(recipe.seed, "generator", "weights"))
-        network = build_network(config)
-    for parameter in network.get_submodule("conv_out").parameters():
-        nn.init.zeros_(parameter)  # the first guess is no velocity at all
-    average = copy.deepcopy(network).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
-    )
-    stream = torch_stream(recipe.seed, "generator", "draws")
-    start, losses = time.perf_counter(), []
-    for step in range(1, recipe.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step, recipe)
-        loss = flow_loss(network, draw_batch(parts, recipe=recipe, stream=stream))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
-        optimizer.step()
-        decay = min(recipe.ema, (1 + step) / (10 + step))  # a short memory while the weights still move fast
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
-        losses.append(loss.item())
-        if progress and (step % max(1, recipe.steps // _REPORTS) == 0 or step == recipe.steps):
-            left = (time.perf_counter() - start) / step * (recipe.steps - step)
-            recent = sum(losses[-50:]) / len(losses[-50:])
-            progress(f"step {step} of {recipe.steps}: loss {recent:.4f}, {left:.0f} s left")
-    return average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +242,11 @@ class FlowBatch:
     t: torch.Tensor
     labels: torch.Tensor
     velocity: torch.Tensor
+
+    def to(self, device: torch.device) -> FlowBatch:
+        return FlowBatch(
+            x_t=self.x_t.to(device), t=self.t.to(device), labels=self.labels.to(device), velocity=self.velocity.to(device)
+        )
 
 
 def draw_batch(parts: DataParts, *, recipe: TrainingRecipe, stream: torch.Generator) -> FlowBatch:
@@ -160,7 +266,7 @@ def draw_batch(parts: DataParts, *, recipe: TrainingRecipe, stream: torch.Genera
 def flow_loss(network: nn.Module, batch: FlowBatch) -> torch.Tensor:
     """Return the mean squared error of the velocity (a scalar)."""
     velocity = network(batch.x_t, batch.t * 1000, class_labels=batch.labels).sample
-    return F.mse_loss(velocity, batch.velocity)
+    return F.mse_loss(velocity.float(), batch.velocity)
 
 
 def _schedule(step: int, recipe: TrainingRecipe) -> float:

@@ -1,0 +1,101 @@
+"""A generator's training on disk, so that it can be done in pieces."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.recipe import TrainingRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """Seconds that a training took: on the clock, and of the processor."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(wall=self.wall + other.wall, cpu=self.cpu + other.cpu)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTraining:
+    """What a checkpoint holds: tensors by name, steps, the losses of the last ones, and what they took."""
+
+    tensors: dict[str, torch.Tensor]
+    steps_done: int
+    losses: list[float]
+    spent: Spent
+
+
+class TrainingCheckpoint:
+    """The last checkpoint of one training.
+
+    Args:
+        folder: Where it lies, beside a preview; made when there is something to write.
+        recipe, public_sha256: Of the training: a checkpoint of another one is refused.
+    """
+
+    def __init__(self, folder: Path, *, recipe: TrainingRecipe, public_sha256: str) -> None:
+        self.folder = folder
+        self.file = folder / "checkpoint.safetensors"
+        self._identity = {"recipe": json.dumps(dataclasses.asdict(recipe)), "public_sha256": public_sha256}
+
+    def write(self, tensors: Mapping[str, torch.Tensor], *, steps_done: int, losses: Sequence[float], spent: Spent) -> None:
+        """Replace the checkpoint, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        numbers = {
+            "steps_done": str(steps_done),
+            "losses": json.dumps(list(losses)),
+            "spent": json.dumps(dataclasses.asdict(spent)),
+        }
+        part = self.file.with_suffix(".part")
+        # two names for the same memory are refused: the copies make each its own
+        save_file(
+            {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, part, {**self._identity, **numbers}
+        )
+        os.replace(part, self.file)
+
+    def read(self) -> SavedTraining | None:
+        """Return the checkpoint, or None where there is none.
+
+        Raises:
+            GeneratorError: It is damaged, or of a training with another recipe or other images.
+        """
+        if not self.file.exists():
+            return None
+        way_out = f"remove {self.folder} to start afresh"
+        try:
+            with safe_open(self.file, "pt") as file:
+                numbers = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping, only like one
+            saved = SavedTraining(
+                tensors=tensors,
+                steps_done=int(numbers["steps_done"]),
+                losses=json.loads(numbers["losses"]),
+                spent=Spent(**json.loads(numbers["spent"])),
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise GeneratorError(f"generator: {self.file} is damaged ({error}); {way_out}") from error
+        differing = [name for name, value in self._identity.items() if numbers.get(name) != value]
+        if differing:
+            what = "other public images" if "public_sha256" in differing else "another recipe"
+            raise GeneratorError(
+                f"generator: {self.file} belongs to a training with {what}; {way_out}, or choose another --out"
+            )
+        return saved
+
+    def remove(self) -> None:
+        """Delete the folder of the training."""
+        shutil.rmtree(self.folder, ignore_errors=True)
