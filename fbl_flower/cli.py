@@ -98,6 +98,12 @@ def _sweep(options: argparse.Namespace) -> int:
     return sweep.sweep_command(files=options.files, seeds=options.seeds, num_jobs=options.jobs, out=options.out)
 
 
+def _bench(options: argparse.Namespace) -> None:
+    from fbl_flower.commands.bench import bench
+
+    bench(options)
+
+
 def _superlink_stop(options: argparse.Namespace) -> None:
     from fbl_flower.commands.superlink import stop_superlink
 
@@ -160,7 +166,15 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="such as 0,1,2")
     quality.add_argument("--evaluate-on", choices=("test", "validation"), default="test", help="the real images that judge")
     quality.add_argument("--epochs", type=int, default=20, help="of the classifiers that measure")
-    for action in (train, quality):
+    bench = commands.add_parser("bench", help="measure what things cost on this machine")
+    of_generator = bench.add_subparsers(required=True, metavar="WHAT").add_parser(
+        "generator", help="seconds and memory to make images, beside one epoch of local training"
+    )
+    of_generator.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="the generator (default: the bundled one)")
+    of_generator.add_argument("--images", type=int, default=100, metavar="N", help="images to make (default: 100)")
+    of_generator.add_argument("--epoch-images", type=int, default=2500, metavar="N", help="images of the epoch (default: 2500)")
+    of_generator.add_argument("--out", type=Path, metavar="FILE.json", help="write the measurements there too")
+    for action in (train, quality, of_generator):
         action.add_argument("--data", default="mnist5k", metavar="NAME", help="data set (default: mnist5k)")
         action.add_argument("--data-path", metavar="FILE", help="its parquet file, if it needs one")
         action.add_argument(
@@ -168,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         action.add_argument("--threads", type=int, default=num_cores(), help="torch's threads (default: all cores)")
         _add_config(action)
-        action.set_defaults(handler=_generator)
+        action.set_defaults(handler=_bench if action is of_generator else _generator)
 
     sweep = commands.add_parser(
         "sweep", help="run the rows of a results table, each in processes of its own, and write the table"

@@ -26,7 +26,7 @@ _BATCH = 250  # images that a measuring classifier sees at once
 
 def train(options: argparse.Namespace) -> None:
     """Train a generator on the public part and write its folder; go on with a training that was stopped."""
-    config = _configuration(options)
+    config = configuration_of(options)
     parts = load_parts(config.data)
     torch.set_num_threads(options.threads)
     asked = {name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate", "widths", "seed")}
@@ -53,7 +53,7 @@ def train(options: argparse.Namespace) -> None:
 
 def quality(options: argparse.Namespace) -> None:
     """Measure a generator and print the table."""
-    config = _configuration(options, folder=options.folder)
+    config = configuration_of(options, folder=options.folder)
     if options.epochs < 1:
         raise ConfigError([f"--epochs: got {options.epochs}; allowed: whole number >= 1"])
     parts = load_parts(config.data)
@@ -89,8 +89,8 @@ def quality(options: argparse.Namespace) -> None:
     print(f"\nmeasured in {time.perf_counter() - start:.0f} s")
 
 
-def _configuration(options: argparse.Namespace, *, folder: Path | None = None) -> RunConfig:
-    """Put the options of a generator command into a configuration."""
+def configuration_of(options: argparse.Namespace, *, folder: Path | None = None) -> RunConfig:
+    """Put the options of a command on generators into a configuration."""
     # How many of the images are the clients' does not matter here: the public part is cut first.
     settings: dict[str, Value] = {"data.name": options.data, "data.num-private": -1} | read_overrides(options.config)
     if options.data_path is not None:
