@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fbl_flower.balancing.plan import BalancePlan, balance_targets, make_plan
+from fbl_flower.balancing.plan import BalancePlan, balance_targets, cap_filling, limit_filling, make_plan
 from fbl_flower.seeding import numpy_stream
 
 
@@ -111,3 +111,47 @@ def test_a_balanced_client_is_unchanged(base: int, one_more: list[bool], client:
 def test_counts_that_are_none(counts: np.ndarray) -> None:
     with pytest.raises(ValueError, match="one number >= 0 for each class"):
         balance_targets(counts, tie_break=numpy_stream(0, "plan"))
+
+
+def limited(counts: list[int], available: list[int]) -> BalancePlan:
+    return limit_filling(plan_of(counts), np.array(counts), np.array(available), tie_break=numpy_stream(0, "plan", 0))
+
+
+def test_what_cannot_be_filled_is_kept_in_real_images() -> None:
+    """Plan of [9, 3, 0]: keep [4, 3, 0], fill [0, 1, 4]. Without class 2, four more real ones: class 0 has five to spare, class 1 none."""
+    plan = limited([9, 3, 0], [0, 1, 0])
+    assert (plan.keep.tolist(), plan.fill.tolist()) == ([8, 3, 0], [0, 1, 0])
+
+
+def test_the_smaller_class_is_topped_up_first() -> None:
+    """N = 20, B = 20 / 4 = 5: keep [5, 5, 1, 0], fill [0, 0, 4, 5]. Four images fewer for class 2 leave it at 1 and room only in 0 and 1."""
+    plan = limited([11, 8, 1, 0], [0, 0, 0, 5])
+    assert (plan.keep.tolist(), plan.fill.tolist()) == ([7, 7, 1, 0], [0, 0, 0, 5])
+    plan = limited([11, 8, 1, 0], [0, 0, 0, 0])  # nine fewer: class 1 gives its three, class 0 its six
+    assert (plan.keep.tolist(), plan.fill.tolist()) == ([11, 8, 1, 0], [0, 0, 0, 0])
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=12), st.floats(0, 1))
+def test_limits_keep_the_total_and_never_invent_an_image(classes: list[tuple[int, int]], share: float) -> None:
+    counts, available = np.array([n for n, _ in classes]), np.array([a for _, a in classes])
+    plan = plan_of(counts.tolist())
+    less = limit_filling(plan, counts, available, tie_break=numpy_stream(0, "plan", 0))
+    assert less.num_balanced == counts.sum()
+    assert (less.keep <= counts).all() and (less.keep >= plan.keep).all()
+    assert (less.fill == np.minimum(plan.fill, available)).all()
+    fewer = capped(plan, share)
+    assert (fewer <= plan.fill).all() and (fewer >= 0).all()
+    assert fewer.sum() == min(plan.fill.sum(), int(share * counts.sum() + 1e-9))
+
+
+def capped(plan: BalancePlan, share: float, client: int = 0) -> np.ndarray:
+    return cap_filling(plan, share=share, tie_break=numpy_stream(0, "plan", client))
+
+
+def test_a_cap_takes_the_same_part_of_every_class() -> None:
+    """Plan of [20] + 9 x [0]: fill 18, two of each class. At most 9 of 20: one of each; 3 of 20: three classes, not the same for all clients."""
+    plan = plan_of([20] + [0] * 9)
+    assert capped(plan, 0.45).tolist() == [0] + [1] * 9
+    assert capped(plan, 1.0).tolist() == plan.fill.tolist()
+    chosen = {tuple(capped(plan, 0.15, client).tolist()) for client in range(20)}
+    assert all(sum(one) == 3 and max(one) == 1 and one[0] == 0 for one in chosen) and len(chosen) > 10

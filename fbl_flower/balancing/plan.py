@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,3 +62,43 @@ def balance_targets(counts: np.ndarray, *, tie_break: np.random.Generator) -> np
     most_first = np.lexsort((tie_break.permutation(len(counts)), -counts))
     targets[most_first[:extra]] += 1
     return targets
+
+
+def cap_filling(plan: BalancePlan, *, share: float, tie_break: np.random.Generator) -> np.ndarray:
+    """Return int64 [C], the synthetic images that are allowed where at most `share` (0 .. 1) of the balanced set may be synthetic.
+
+    Every class gives up the same part of its filling, up to rounding, in which equal classes are ordered by the client's own stream.
+    """
+    wanted = int(plan.fill.sum())
+    allowed = min(wanted, math.floor(share * plan.num_balanced + 1e-9))
+    if wanted == 0:
+        return plan.fill.copy()
+    exact = plan.fill * allowed / wanted
+    capped = np.floor(exact + 1e-9).astype(np.int64)
+    most_cut = np.lexsort((tie_break.permutation(len(exact)), np.round(capped - exact, 9)))
+    capped[most_cut[: allowed - int(capped.sum())]] += 1
+    return capped
+
+
+def limit_filling(
+    plan: BalancePlan, counts: np.ndarray, available: np.ndarray, *, tie_break: np.random.Generator
+) -> BalancePlan:
+    """Return the plan that is left when only `available` synthetic images of each class are to be had.
+
+    What cannot be filled is kept in real images instead, one at a time in the class that has the fewest images in the plan and
+    still sets real ones aside. So the total stays N_k for as long as there are real images.
+
+    Args:
+        plan: As `make_plan` made it.
+        counts: int [C], the client's real images of each class.
+        available: int [C], >= 0.
+        tie_break: The client's own stream, for classes that are equal.
+    """
+    fill, keep = np.minimum(plan.fill, available), plan.keep.copy()
+    order = tie_break.permutation(len(counts))
+    for _ in range(int((plan.fill - fill).sum())):
+        spare = [c for c in order if keep[c] < counts[c]]
+        if not spare:
+            break
+        keep[min(spare, key=lambda c: keep[c] + fill[c])] += 1
+    return BalancePlan(keep=keep, fill=fill)
