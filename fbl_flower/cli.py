@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="the generator (default: the bundled one)")
     quality.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="such as 0,1,2")
     quality.add_argument("--evaluate-on", choices=("test", "validation"), default="test", help="the real images that judge")
-    quality.add_argument("--epochs", type=int, default=20, help="of the classifiers that measure")
+    quality.add_argument("--epochs", type=int, default=60, help="of the classifiers that measure (default: 60)")
     bench = commands.add_parser("bench", help="measure what things cost on this machine")
     of_generator = bench.add_subparsers(required=True, metavar="WHAT").add_parser(
         "generator", help="seconds and memory to make images, beside one epoch of local training"

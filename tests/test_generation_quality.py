@@ -11,7 +11,7 @@ from test_generation_support import digits, two_class_parts
 from fbl_flower.data.examples import Examples
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.public import PublicImages
-from fbl_flower.generation.quality import Classifier, _spread, measure_quality, nearest_training_image
+from fbl_flower.generation.quality import Classifier, _spread, frechet_distance, measure_quality, nearest_training_image
 
 
 def centroid_classifier(examples: Examples, seed: int) -> Classifier:
@@ -42,6 +42,19 @@ def test_nearest_training_image_by_hand():
     assert got.mean == pytest.approx((51 + 102 + 120) / 255 / 3)
     assert got.smallest == pytest.approx(0.2)
     assert got.copies == pytest.approx(2 / 3)
+
+
+def test_frechet_distance_by_hand():
+    # one dimension: means 0 and 3, variances 2 and 8: 9 + 2 + 8 - 2 sqrt(16) = 11
+    assert frechet_distance(torch.tensor([[-1.0], [1.0]]), torch.tensor([[1.0], [5.0]])) == pytest.approx(11)
+    # two dimensions that do not mix: the sum of both; the second has variances 2 and 2, means 1 and 1: 0
+    one = torch.tensor([[-1.0, 0.0], [-1.0, 2.0], [1.0, 0.0], [1.0, 2.0]])
+    other = one * torch.tensor([2.0, 1.0]) + torch.tensor([3.0, 0.0])
+    # variances 4/3 and 16/3: 9 + 20/3 - 2 sqrt(64/9) = 9 + 4/3
+    assert frechet_distance(one, other) == pytest.approx(9 + 4 / 3)
+    assert frechet_distance(other, other) == pytest.approx(0, abs=1e-9)
+    few = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))  # fewer images than features
+    assert frechet_distance(few, few + 1) == pytest.approx(8)
 
 
 def test_spread_by_hand():
@@ -105,10 +118,10 @@ def test_the_table_has_every_measure_and_every_seed():
     assert {line.count("|") for line in table} == {6}
     names = [line.split("|")[1].strip() for line in table[2:]]
     assert names == [
-        "ratio", "synthetic accuracy", "public accuracy", "agreement", "diversity", "nearest", "nearest min", "copies",
+        "ratio", "synthetic accuracy", "public accuracy", "agreement", "diversity", "frechet", "nearest", "nearest min", "copies",
         "images per second", "bytes on disk",
     ]  # fmt: skip
-    assert table[9].startswith("| copies | 1.000 | 1.000 | 1.000 | 0.")
+    assert table[10].startswith("| copies | 1.000 | 1.000 | 1.000 | 0.")
     assert "4321" in table[-1]
 
 

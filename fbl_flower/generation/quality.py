@@ -47,6 +47,8 @@ class SeedQuality:
         public_accuracy: The same of one trained on as many public images.
         agreement: Share of the synthetic images that a classifier trained on real images gives their label.
         diversity: Mean distance of features between two synthetic images of a class, by the same of real images.
+        frechet: Fréchet distance between the features of synthetic and of real images, under the classifier that judges agreement. It
+            depends on the number of images: compare it for the same number and the same judge.
         nearest: Mean distance of a synthetic image to the nearest public training image.
         nearest_min: The smallest.
         copies: Share of the images whose nearest training image is at less than 0.7 of the distance of the second.
@@ -58,6 +60,7 @@ class SeedQuality:
     public_accuracy: float
     agreement: float
     diversity: float
+    frechet: float
     nearest: float
     nearest_min: float
     copies: float
@@ -148,7 +151,8 @@ def measure_quality(
         )
     train = parts.public if evaluate_on == "validation" else concatenate(parts.public, parts.validation)
     judge = train_classifier(train, derive(seeds[0], "judge"))
-    real_spread = _spread(judge.features(real.images), real.labels)
+    real_features = judge.features(real.images)
+    real_spread = _spread(real_features, real.labels)
     labels = parts.public.labels
     per_seed = []
     for seed in seeds:
@@ -161,13 +165,15 @@ def measure_quality(
         )
         public = train_classifier(parts.public, seed)
         nearest = nearest_training_image(images, parts.public.images)
+        features = judge.features(images)
         per_seed.append(
             SeedQuality(
                 seed=seed,
                 synthetic_accuracy=_accuracy(synthetic, real.images, real.labels),
                 public_accuracy=_accuracy(public, real.images, real.labels),
                 agreement=_accuracy(judge, images, labels),
-                diversity=_spread(judge.features(images), labels) / real_spread,
+                diversity=_spread(features, labels) / real_spread,
+                frechet=frechet_distance(features, real_features),
                 nearest=nearest.mean,
                 nearest_min=nearest.smallest,
                 copies=nearest.copies,
@@ -197,6 +203,21 @@ def nearest_training_image(images: torch.Tensor, training: torch.Tensor) -> Near
     first, second = distances.topk(2, dim=1, largest=False).values.unbind(1)
     copies = (first < _COPY_RATIO * second).double().mean()
     return Nearest(mean=first.mean().item(), smallest=first.min().item(), copies=copies.item())
+
+
+def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) for features float [N, D] and [M, D], N and M >= 2 (arXiv 1706.08500).
+
+    Means m and covariances S, the latter with N - 1 in the denominator.
+    """
+    one, other = one.double(), other.double()
+    cov_one, cov_other = torch.cov(one.T).view(one.shape[1], -1), torch.cov(other.T).view(one.shape[1], -1)
+    values, vectors = torch.linalg.eigh(cov_one)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # S1 S2 has the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric
+    mixed = torch.linalg.eigvalsh(root @ cov_other @ root).clamp(min=0).sqrt().sum()
+    gap = (one.mean(0) - other.mean(0)).square().sum()
+    return max(0.0, (gap + cov_one.trace() + cov_other.trace() - 2 * mixed).item())
 
 
 def _accuracy(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
