@@ -107,3 +107,14 @@ def test_more_clients_than_images_is_an_error_that_names_the_key() -> None:
         with pytest.raises(ConfigError, match="num-clients: got 4; the private part has only 3 images"):
             partition(np.zeros(3, int), config_of(num_clients=4, kind=kind))
         assert len(partition(np.zeros(3, int), config_of(num_clients=3, kind=kind))) == 3
+
+
+def test_assignments_are_those_of_the_published_results() -> None:
+    """Recorded once; another assignment is another experiment."""
+    labels = np.arange(24) % 4
+    assert [p.tolist() for p in partition(labels, config_of(num_clients=4, alpha=0.5, seed=3))] == [
+        [2, 6, 10, 14, 16, 22], [0, 8], [1, 5, 9, 13, 15, 17, 21], [3, 4, 7, 11, 12, 18, 19, 20, 23],
+    ]  # fmt: skip
+    assert [p.tolist() for p in partition(labels, config_of(num_clients=4, kind="iid", seed=3))] == [
+        [7, 9, 13, 14, 19, 21], [3, 11, 12, 16, 17, 18], [0, 2, 8, 10, 20, 23], [1, 4, 5, 6, 15, 22],
+    ]  # fmt: skip
