@@ -90,7 +90,10 @@ def test_resume_refuses_other_changes(tmp_path: Path) -> None:
         (["run", "--engine", "local", "--nodes", "2"], "--nodes, --app: only for --engine simulation"),
         (["run", "--nodes", "0"], "--nodes: got 0"),
         (["run", "-c", "data.name='cifar10' data.path='nowhere.parquet'"], "data.path: no file at"),
-        (["generator", "train", "--data", "mnist"], "data.name: got 'mnist' (str); allowed: mnist5k | digits | cifar10"),
+        (
+            ["generator", "train", "--data", "mnist"],
+            "data.name: got 'mnist' (str); allowed: mnist5k | digits | cifar10 | cifar100",
+        ),
         (["generator", "quality", "nowhere", "--data", "digits"], "nowhere"),
         (["sweep", "nowhere.toml"], "nowhere.toml: cannot be read as TOML"),
     ],
