@@ -230,3 +230,16 @@ def test_unknown_arguments_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["sweep", "x.toml", "--seeds", "0,0"])
     assert caught.value.code == 2 and "--seeds" in capsys.readouterr().err
+
+
+def test_data_plot_draws_the_partition_of_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten classes over five clients with two each: every class has one owner."""
+    out = tmp_path / "p.png"
+    settings = "data.name='digits' data.partition='classes' num-clients=5"
+    assert cli.main(["data", "plot", "-c", settings, "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out}: 5 clients with ") and printed.endswith(" of 2 to 2 classes\n")
+    assert cli.main(["data", "plot", "-c", settings + " data.classes-per-client=11", "--out", str(tmp_path / "no.png")]) == 2
+    assert "data.classes-per-client: got 11; the private part has 10 classes" in capsys.readouterr().err
+    assert not (tmp_path / "no.png").exists()
