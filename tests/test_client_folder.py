@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 from helpers import quick, write_folder
+from test_generation_support import TINY
 
 from fbl_flower.config import DataConfig
 from fbl_flower.data.client_folder import client_folder_examples, client_folder_parts
+from fbl_flower.data.datasets import load_parts
 from fbl_flower.errors import DataError, RunFailed
 from fbl_flower.federation import client, server
 from fbl_flower.federation.local import LocalGrid
+from fbl_flower.generation.training import train_generator
 
 CLASSES = "cat,bee,ant"
 
@@ -93,3 +96,16 @@ def test_one_folder_is_not_several_clients(tmp_path: Path) -> None:
     folders = {node: write_folder(tmp_path / f"device{node}", {"ant": 2}) for node in (1, 2, 3)}
     with pytest.raises(RunFailed, match=r"data-path: this node hosts several clients \(4 on 3 nodes\), and has one folder"):
         federate(tmp_path, folders, **{"num-clients": 4})
+
+
+def test_the_servers_generator_fills_what_a_device_lacks(tmp_path: Path) -> None:
+    """Devices without a class get images of it from a generator trained on the server's public part, which is not there to compare."""
+    server_folder = write_folder(tmp_path / "server", {"ant": 30, "bee": 30, "cat": 30})
+    parts = load_parts(config_of(path=str(server_folder)))
+    train_generator(parts, recipe=TINY, out=tmp_path / "generator")
+    folders = {node: write_folder(tmp_path / f"device{node}", {"ant": 4, "cat": 2}) for node in (1, 2, 3)}
+    settings = {"balancing.enabled": True, "generator.name": "diffusion", "generator.path": str(tmp_path / "generator")}
+    row = federate(tmp_path, folders, **settings, **{"generator.steps": 1})
+    assert row["num_examples"] == 3 * 6 and row["left_out"] == {}
+    made = [path for path in (tmp_path / "state" / "cache").rglob("*") if path.is_file()]
+    assert len(made) == 3 * 2  # 4, 0 and 2 images become 2 of each class

@@ -520,6 +520,13 @@ def test_validation_is_the_test_split_where_there_is_no_other(tmp_path: Path) ->
     assert sizes(parquet(tmp_path)) == [3, 2, 0, 18]
 
 
+def test_folders_may_name_the_splits(tmp_path: Path) -> None:
+    """As the hub's own conversion to parquet does."""
+    hugging_face(tmp_path / "default" / "train" / "0000.parquet", list(range(20)), [v % 2 for v in range(20)], None)
+    hugging_face(tmp_path / "default" / "test" / "0000.parquet", [100, 101], [0, 1], None)
+    assert sorted(load_parts(parquet(tmp_path)).test.images[:, 0, 0, 0].tolist()) == [100, 101]
+
+
 def test_bad_parquet_data_sets(tmp_path: Path) -> None:
     write_hub(tmp_path / "cut", ["even", "odd"])
     file = tmp_path / "cut" / "data" / "train-00001-of-00002.parquet"

@@ -1,7 +1,7 @@
 """Parquet files with encoded images: one file with a column split, or files as the Hugging Face hub stores them.
 
 Columns: image (or img), as bytes or as a struct with bytes; label (or fine_label), as whole numbers or as names; and split,
-without which a file's name tells (`train-00000-of-00002.parquet`, `test-...`), and all is training data otherwise.
+without which the name of a file or its folder tells (`train-00000-of-00002.parquet`, `test/0000.parquet`); all else is training data.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"data.path: no file *.parquet in {path}; wanted the parquet files of {wanted.name}")
-    tables = [_Table(file, needs_split=needs_test and len(files) == 1) for file in files]
+    folders = [file.relative_to(path).parent.name if path.is_dir() else "" for file in files]
+    tables = [
+        _Table(file, folder=folder, needs_split=needs_test and len(files) == 1)
+        for file, folder in zip(files, folders, strict=True)
+    ]
     names = wanted.class_names or next((t.class_names for t in tables if t.class_names), None)
     if names is None:
         if text := next((t for t in tables if t.labels_are_text), None):
@@ -74,7 +78,7 @@ def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source
 class _Table:
     """One file: its labels and splits; images are taken out when they are decoded."""
 
-    def __init__(self, file: Path, *, needs_split: bool) -> None:
+    def __init__(self, file: Path, *, folder: str, needs_split: bool) -> None:
         import pyarrow
         import pyarrow.parquet
 
@@ -95,8 +99,8 @@ class _Table:
             raise DataError(f"data.path: {file}, column {label}: got {got}; wanted a whole number or a name in every row")
         self.raw_labels = np.array(labels.to_pylist(), dtype=object if self.labels_are_text else np.int64)
         self.class_names = _hugging_face_names(schema.metadata, label)
-        by_name = _NAMED_SPLIT.match(file.stem.replace("_", "-"))
-        one = by_name.group() if by_name else "train"
+        matches = (_NAMED_SPLIT.match(name.replace("_", "-")) for name in (file.stem, folder))
+        one = next((match.group() for match in matches if match), "train")
         self.split = np.array(columns["split"].to_pylist() if split else [one] * len(self.raw_labels), dtype=object)
 
     def numbers(self, names: tuple[str, ...], data_name: str, *, rename: bool) -> np.ndarray:
