@@ -494,6 +494,10 @@ def test_classes_without_names_are_numbered_and_labels_may_be_text(tmp_path: Pat
     pyarrow.parquet.write_table(pyarrow.table({"image": [png(i) for i in range(20)], "label": ["ant", "bee"] * 10}), text)
     with pytest.raises(DataError, match="data.classes: empty, and the labels of .*text.parquet are text"):
         load_parts(parquet(text))
+    categories = pyarrow.array(["ant", "bee"] * 10).dictionary_encode()
+    table = pyarrow.table({"image": [png(i) for i in range(20)], "label": categories})
+    pyarrow.parquet.write_table(table, tmp_path / "categories.parquet")
+    assert sizes(parquet(tmp_path / "categories.parquet", classes="bee,ant")) == [4, 2, 0, 14]
     parts = load_parts(parquet(text, classes="bee,ant"))
     assert sizes(parquet(text, classes="bee,ant")) == [4, 2, 0, 14]  # no split: a fifth is the test part
     assert parts.private.labels.tolist() == [1 - value % 2 for value in parts.private.images[:, 0, 0, 0].tolist()]
@@ -542,6 +546,12 @@ def test_bad_parquet_data_sets(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "paths.parquet")
     with pytest.raises(DataError, match="paths.parquet, column of images: got fields path; wanted bytes"):
         load_parts(parquet(tmp_path / "paths.parquet"))
+    hugging_face(tmp_path / "far.parquet", [1, 2], [0, 10**15], None)
+    with pytest.raises(DataError, match="has labels up to 1000000000000000; without data.classes, at most 9999"):
+        load_parts(parquet(tmp_path / "far.parquet"))
+    hugging_face(tmp_path / "negative.parquet", [1, 2], [0, -1], None)
+    with pytest.raises(DataError, match="negative.parquet has labels -1 to 0; parquet has the labels 0 to 0"):
+        load_parts(parquet(tmp_path / "negative.parquet"))
     hugging_face(tmp_path / "test-only" / "test-0.parquet", [1], [0], None)
     with pytest.raises(DataError, match="no rows with split 'train'"):
         load_parts(parquet(tmp_path / "test-only"))

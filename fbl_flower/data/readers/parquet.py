@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from fbl_flower.errors import DataError
 
 _IMAGE, _LABEL = ("image", "img"), ("label", "fine_label", "labels")
 _NAMED_SPLIT = re.compile(r"(train|test|validation|valid|val|dev)\b")
+_MOST_CLASSES = 10_000  # a larger label is no class, but something else in the column
 _TEST = ("test", "validation", "valid", "val", "dev")  # the first of them that is there is the test split
 
 
@@ -28,7 +28,7 @@ def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source
     """Read the file, or all `*.parquet` below the folder.
 
     A split is called train, test or validation; validation is the test split where there is no other, and is left out
-    beside one.
+    beside one, as is every other split.
 
     Args:
         path: A file or a folder.
@@ -46,14 +46,7 @@ def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source
         _Table(file, folder=folder, needs_split=needs_test and len(files) == 1)
         for file, folder in zip(files, folders, strict=True)
     ]
-    names = wanted.class_names or next((t.class_names for t in tables if t.class_names), None)
-    if names is None:
-        if text := next((t for t in tables if t.labels_are_text), None):
-            raise DataError(
-                f"data.classes: empty, and the labels of {text.file} are text; give all names, in the federation's order"
-            )
-        largest = max((int(table.raw_labels.max()) for table in tables if len(table.raw_labels)), default=-1)
-        names = tuple(f"class {label}" for label in range(max(largest, 0) + 1))
+    names = wanted.class_names or next((t.class_names for t in tables if t.class_names), None) or _numbered(tables)
     # A packaged data set's names are ours, and its files may spell them otherwise: there the number counts.
     labels = [table.numbers(names, wanted.name, rename=not wanted.native) for table in tables]
     splits = {str(name) for table in tables for name in table.split}
@@ -61,7 +54,6 @@ def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source
     for needed in ("train", *(["test"] if needs_test and test is None else [])):
         if needed not in splits:
             raise DataError(f"data.path: {path} has no rows with split {needed!r}; wanted train and test")
-    wanted = replace(wanted, class_names=names)
     rows = [(t, i) for t in tables for i in range(len(t.split))]
     pixels = decode_images(
         chain.from_iterable(t.blobs() for t in tables), wanted, lambda i: f"{rows[i][0].file}, row {rows[i][1]}"
@@ -92,7 +84,10 @@ class _Table:
         except (pyarrow.ArrowException, OSError, KeyError) as error:
             wanted = "image, label, split" if needs_split else "image and label"
             raise DataError(f"data.path: {file} is not a whole parquet file with the columns {wanted}: {error}") from error
-        self._image, labels, kind = columns[image], columns[label], columns[label].type
+        labels = columns[label]
+        if pyarrow.types.is_dictionary(labels.type):  # as pandas writes categories
+            labels = labels.cast(labels.type.value_type)
+        self._image, kind = columns[image], labels.type
         self.labels_are_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
         if not (self.labels_are_text or pyarrow.types.is_integer(kind)) or labels.null_count:
             got = f"{kind} with {labels.null_count} empty rows"
@@ -130,6 +125,20 @@ class _Table:
                 chunk = chunk.field("bytes")
             for value in chunk:
                 yield value.as_py()
+
+
+def _numbered(tables: list[_Table]) -> tuple[str, ...]:
+    """Name classes by their numbers, up to the largest label."""
+    if text := next((table for table in tables if table.labels_are_text), None):
+        raise DataError(
+            f"data.classes: empty, and the labels of {text.file} are text; give all names, in the federation's order"
+        )
+    largest = max((int(table.raw_labels.max()) for table in tables if len(table.raw_labels)), default=0)
+    if largest >= _MOST_CLASSES:
+        raise DataError(
+            f"data.path: {tables[0].file.parent} has labels up to {largest}; without data.classes, at most {_MOST_CLASSES - 1}"
+        )
+    return tuple(f"class {label}" for label in range(max(largest, 0) + 1))
 
 
 def _hugging_face_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
