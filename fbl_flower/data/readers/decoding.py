@@ -1,6 +1,6 @@
 """From encoded images (JPEG, PNG, ...) to one array.
 
-One image after the other: a pool of threads was no faster, as Pillow's start-up of each small image holds the interpreter.
+One image after the other: on two busy cores, a pool of threads was no faster for small images.
 """
 
 from __future__ import annotations
