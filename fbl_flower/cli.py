@@ -92,6 +92,12 @@ def _generator(options: argparse.Namespace) -> None:
     (generator_commands.train if options.action == "train" else generator_commands.quality)(options)
 
 
+def _data(options: argparse.Namespace) -> None:
+    from fbl_flower.commands import data as data_commands
+
+    data_commands.plot(options)
+
+
 def _sweep(options: argparse.Namespace) -> int:
     from fbl_flower.commands import sweep
 
@@ -176,13 +182,21 @@ def _parser() -> argparse.ArgumentParser:
     of_generator.add_argument("--out", type=Path, metavar="FILE.json", help="write the measurements there too")
     for action in (train, quality, of_generator):
         action.add_argument("--data", default="mnist5k", metavar="NAME", help="data set (default: mnist5k)")
-        action.add_argument("--data-path", metavar="FILE", help="its parquet file, if it needs one")
+        action.add_argument("--data-path", metavar="FILE", help="its file or folder, if it needs one")
         action.add_argument(
             "--image-size", type=int, metavar="N", help="height and width in pixels (default: the data set's own)"
         )
         action.add_argument("--threads", type=int, default=num_cores(), help="torch's threads (default: all cores)")
         _add_config(action)
         action.set_defaults(handler=_bench if action is of_generator else _generator)
+
+    data = commands.add_parser("data", help="what the clients would hold")
+    plot = data.add_subparsers(required=True, metavar="ACTION").add_parser("plot", help="draw the partition, without a run")
+    plot.add_argument(
+        "--out", type=Path, default=Path("partition.png"), metavar="FILE.png", help="picture (default: partition.png)"
+    )
+    _add_config(plot)
+    plot.set_defaults(handler=_data)
 
     sweep = commands.add_parser(
         "sweep", help="run the rows of a results table, each in processes of its own, and write the table"

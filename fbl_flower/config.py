@@ -20,6 +20,11 @@ from fbl_flower.errors import ConfigError
 
 Value = bool | int | float | str
 
+_PACKAGED = ("mnist5k", "digits")  # data sets that come with a package
+_OWN = ("folder", "parquet")  # the user's own images
+_NAMED = ("cifar10", "cifar100", "tiny-imagenet", "eurosat", "fashion-mnist")
+DATA_NAMES = (*_PACKAGED, *_NAMED, *_OWN)
+
 
 def option(
     default: Value,
@@ -38,15 +43,29 @@ def option(
 class DataConfig:
     """Which images, and who owns them."""
 
-    name: str = option("mnist5k", "data set", choices=("mnist5k", "digits", "cifar10"))
-    path: str = option("", "parquet file of the data set; empty for those that come with a package")
+    name: str = option("mnist5k", "data set", choices=DATA_NAMES)
+    path: str = option("", "file or folder of the data set; empty: as installed, or downloaded (see docs/data.md)")
+    classes: str = option("", "names between commas, in the order of the labels; for folder and parquet")
     image_size: int = option(0, "height and width in pixels; 0: as the data set has it", low=0, high=1024)
+    channels: int = option(0, "1: grey, 3: colour; 0: as the data set has it, and 3 for folder", low=0, high=3)
     num_test: int = option(-1, "test images, for the server; -1: the data set's own number", low=-1)
     num_public: int = option(-1, "public images, owned by no client; -1: the data set's own number", low=-1)
     num_validation: int = option(-1, "of the public images, those kept for tuning; -1: the data set's own number", low=-1)
     num_private: int = option(-1, "images of all clients together; -1: the data set's own number, or all that are left", low=-1)
-    partition: str = option("dirichlet", "how classes spread over clients", choices=("dirichlet", "iid"))
-    alpha: float = option(0.1, "concentration of the Dirichlet partition: smaller is more skewed", above=0.0)
+    partition: str = option(
+        "dirichlet",
+        "what differs between clients: the mixture of classes, nothing, which classes they have, or their size",
+        choices=("dirichlet", "iid", "classes", "quantity"),
+    )
+    alpha: float = option(0.1, "concentration of the partitions dirichlet and quantity: smaller is more skewed", above=0.0)
+    classes_per_client: int = option(2, "classes of each client, in the partition classes", low=1)
+    noise: float = option(0.0, "standard deviation of Gaussian noise on private images, whose pixels are 0 .. 1", low=0.0)
+    wrong_labels: float = option(0.0, "share of private images that get the label of another class", low=0.0, high=1.0)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names in `classes`, without the blanks around them; none where it is empty."""
+        return tuple(name.strip() for name in self.classes.split(",")) if self.classes.strip() else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,12 +234,20 @@ def _conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
     """Name the settings that are fine alone and wrong together, each problem with the keys that it is about."""
     d, b = config.data, config.balancing
     found: list[tuple[tuple[str, ...], str]] = []
-    if d.name == "cifar10" and not d.path:
-        text = "data.path: empty; cifar10 needs the path of a parquet file with the columns image, label and split"
+    if d.name in (*_OWN, "tiny-imagenet") and not d.path:
+        text = f"data.path: empty; the data set {d.name!r} needs the path of its images (see docs/data.md)"
         found.append((("data.name", "data.path"), text))
-    if d.name != "cifar10" and d.path:
+    if d.name in _PACKAGED and d.path:
         text = f"data.path: got {d.path!r}; the data set {d.name!r} comes with a package and takes no path"
         found.append((("data.name", "data.path"), text))
+    if d.name not in _OWN and d.class_names:
+        text = f"data.classes: got {d.classes!r}; the data set {d.name!r} has its own; allowed with {' | '.join(_OWN)}"
+        found.append((("data.name", "data.classes"), text))
+    if "" in d.class_names or len(set(d.class_names)) < len(d.class_names):
+        text = f"data.classes: got {d.classes!r}; allowed: names between commas, none empty and none twice"
+        found.append((("data.classes",), text))
+    if d.channels == 2:
+        found.append((("data.channels",), "data.channels: got 2; allowed: 0 | 1 | 3"))
     if d.num_public >= 0 and d.num_validation > d.num_public:
         text = f"data.num-validation: got {d.num_validation}; it is a part of data.num-public, which is {d.num_public}"
         found.append((("data.num-validation", "data.num-public"), text))

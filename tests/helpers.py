@@ -46,6 +46,24 @@ def quick(tmp_path: Path, **overrides: Any) -> dict[str, Any]:
     } | {key.replace("__", ".").replace("_", "-"): value for key, value in overrides.items()}
 
 
+def save_image(path: Path, value: int | tuple[int, ...], *, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Path:
+    """Write an image of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colour = (value,) * len(Image.new(mode, (1, 1)).getbands()) if isinstance(value, int) else value
+    Image.new(mode, size, colour if len(colour) > 1 else colour[0]).save(path)
+    return path
+
+
+def write_folder(root: Path, classes: dict[str, int], *, first: int = 0) -> Path:
+    """Write `classes[name]` images of each class; no two have the same value of red, and green is the place of the class."""
+    value = first
+    for place, (name, number) in enumerate(classes.items()):
+        for i in range(number):
+            save_image(root / name / f"{i:03d}.png", (value, 10 * place, 0))
+            value += 1
+    return root
+
+
 class RecordingGrid(Grid):
     """Passes everything on to another grid and remembers every message and reply."""
 

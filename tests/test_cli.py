@@ -90,7 +90,10 @@ def test_resume_refuses_other_changes(tmp_path: Path) -> None:
         (["run", "--engine", "local", "--nodes", "2"], "--nodes, --app: only for --engine simulation"),
         (["run", "--nodes", "0"], "--nodes: got 0"),
         (["run", "-c", "data.name='cifar10' data.path='nowhere.parquet'"], "data.path: no file at"),
-        (["generator", "train", "--data", "mnist"], "data.name: got 'mnist' (str); allowed: mnist5k | digits | cifar10"),
+        (
+            ["generator", "train", "--data", "mnist"],
+            "data.name: got 'mnist' (str); allowed: mnist5k | digits | cifar10 | cifar100",
+        ),
         (["generator", "quality", "nowhere", "--data", "digits"], "nowhere"),
         (["sweep", "nowhere.toml"], "nowhere.toml: cannot be read as TOML"),
     ],
@@ -227,3 +230,16 @@ def test_unknown_arguments_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["sweep", "x.toml", "--seeds", "0,0"])
     assert caught.value.code == 2 and "--seeds" in capsys.readouterr().err
+
+
+def test_data_plot_draws_the_partition_of_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten classes over five clients with two each: every class has one owner."""
+    out = tmp_path / "p.png"
+    settings = "data.name='digits' data.partition='classes' num-clients=5"
+    assert cli.main(["data", "plot", "-c", settings, "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out}: 5 clients with ") and printed.endswith(" of 2 to 2 classes\n")
+    assert cli.main(["data", "plot", "-c", settings + " data.classes-per-client=11", "--out", str(tmp_path / "no.png")]) == 2
+    assert "data.classes-per-client: got 11; the private part has 10 classes" in capsys.readouterr().err
+    assert not (tmp_path / "no.png").exists()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fbl_flower.config import RunConfig, Setting, flatten, parse_config, surface
+from fbl_flower.config import DATA_NAMES, RunConfig, Setting, flatten, parse_config, surface
 from fbl_flower.errors import ConfigError, DataError, FBLError
 
 SURFACE = {setting.key: setting for setting in surface()}
@@ -108,7 +108,7 @@ def test_a_whole_number_serves_where_a_number_is_wanted() -> None:
         ("data.num-test", -2, "got -2 (int); allowed: whole number >= -1"),
         ("balancing.enabled", 1, "got 1 (int); allowed: true | false"),
         ("balancing.enabled", "true", "got 'true' (str); allowed: true | false"),
-        ("data.name", "imagenet", "got 'imagenet' (str); allowed: mnist5k | digits | cifar10"),
+        ("data.name", "imagenet", f"got 'imagenet' (str); allowed: {' | '.join(DATA_NAMES)}"),
         ("generator.name", "gan", "got 'gan' (str); allowed: diffusion | public-images"),
         ("balancing.sampling", True, "got True (bool); allowed: loss | random | none"),
         ("output-dir", 3, "got 3 (int); allowed: text"),
@@ -153,7 +153,24 @@ def test_several_problems_are_reported_together() -> None:
 @pytest.mark.parametrize(
     ("run_config", "wanted"),
     [
-        ({"data.name": "cifar10"}, "data.path: empty; cifar10 needs"),
+        (
+            {"data.name": "folder", "data.classes": "a,b"},
+            "data.path: empty; the data set 'folder' needs the path of its images",
+        ),
+        ({"data.name": "tiny-imagenet"}, "data.path: empty; the data set 'tiny-imagenet' needs the path"),
+        (
+            {"data.classes": "cat,dog"},
+            "data.classes: got 'cat,dog'; the data set 'mnist5k' has its own; allowed with folder | parquet",
+        ),
+        (
+            {"data.name": "folder", "data.path": "x", "data.classes": "cat, dog,cat"},
+            "data.classes: got 'cat, dog,cat'; allowed: names",
+        ),
+        (
+            {"data.name": "parquet", "data.path": "x", "data.classes": "cat,,dog"},
+            "data.classes: got 'cat,,dog'; allowed: names",
+        ),
+        ({"data.channels": 2}, "data.channels: got 2; allowed: 0 | 1 | 3"),
         ({"data.path": "x.parquet"}, "data.path: got 'x.parquet'; the data set 'mnist5k' comes with a package"),
         ({"data.num-public": 10, "data.num-validation": 11}, "data.num-validation: got 11"),
         ({"balancing.alignment": False, "balancing.average-embeddings": True}, "balancing.average-embeddings: true"),

@@ -1,9 +1,11 @@
 """Examples, batches, and data sets cut into disjoint parts."""
 
 import io
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from fbl_flower.data.examples import Examples, concatenate
 from fbl_flower.errors import ConfigError, DataError
 from fbl_flower.seeding import torch_stream
 
+BUNDLED = Path(__file__).parents[1] / "fbl_generators"
 REAL_CIFAR10 = Path(os.environ.get("FBL_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10.parquet"
 
 
@@ -196,8 +199,44 @@ def test_parts_that_do_not_fit_are_refused(sizes: dict[str, int], message: str) 
 
 def test_facts_about_the_data_sets() -> None:
     assert {name: (d.channels, d.image_size, d.num_classes, d.flip) for name, d in DATASETS.items()} == {
-        "mnist5k": (1, 28, 10, False), "digits": (1, 8, 10, False), "cifar10": (3, 32, 10, True),
+        "mnist5k": (1, 28, 10, False), "digits": (1, 8, 10, False), "cifar10": (3, 32, 10, True), "cifar100": (3, 32, 100, True),
+        "tiny-imagenet": (3, 64, 200, True), "eurosat": (3, 64, 10, True), "fashion-mnist": (1, 28, 10, True),
     }  # fmt: skip
+    for info in DATASETS.values():
+        assert len(set(info.class_names)) == info.num_classes
+        assert 0 < info.num_validation < info.num_public < info.num_private
+
+
+@pytest.mark.parametrize("folder", sorted(BUNDLED.glob("*/recipe.json")), ids=lambda path: path.parent.name)
+def test_the_cut_is_the_one_that_the_bundled_generators_were_trained_on(folder: Path) -> None:
+    """Its public images are as many as its recipe says; that they are the same ones is what keeps it from having seen test images."""
+    recipe = json.loads(folder.read_text(encoding="utf-8"))
+    name = recipe["data_name"]
+    public = recipe["num_images"] + DATASETS[name].num_validation
+    parts = load_parts(DataConfig(name=name, image_size=recipe["image_size"], num_public=public))
+    assert parts.public_sha256 == recipe["public_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("config", "public"),
+    [
+        (DataConfig(name="mnist5k"), "445b98a8d47f2b42cd4063e2da3b0e5258e8d7478a1a5390672465f62909579a"),
+        (DataConfig(name="mnist5k", image_size=16), "66605a9acbcabbdf817e2e84af7c90d73fb2ac5a0f120e65d02bb2d89b89aeeb"),
+        (DataConfig(name="digits"), "d75f8e54b3ab473da1bbd72f9623dd23b5010b9001502e3fc6cade3953afb5a9"),
+    ],
+    ids=["mnist5k", "mnist5k-16px", "digits"],
+)
+def test_the_public_part_is_that_of_the_published_results(config: DataConfig, public: str) -> None:
+    assert load_parts(config).public_sha256 == public
+
+
+def test_grey_images_are_given_as_colour_and_colour_as_grey(tmp_path: Path, digits: DataParts) -> None:
+    colour = load_parts(DataConfig(name="digits", channels=3))
+    assert colour.info.channels == 3 and colour.test.images.shape == (397, 3, 8, 8)
+    assert all(torch.equal(colour.test.images[:, c], digits.test.images[:, 0]) for c in range(3))
+    config = replace(write(tmp_path / "x.parquet", good_table()), channels=1)
+    grey = load_parts(config)
+    assert grey.info.channels == 1 and sorted(grey.test.images[:, 0, 0, 0].tolist()) == list(range(200, 210))
 
 
 # Parquet files
@@ -271,14 +310,15 @@ def change(column: str, row: int, value: object) -> Callable[[Table], None]:
         (change("image", 7, png(1)[:60]), "row 7: not an image"),
         (change("image", 7, png(1)[:50] + b"\0\0\0\0" + png(1)[54:]), "row 7: not an image"),
         (lambda table: table.pop("split"), "columns image, label, split"),
-        (lambda table: table.update(label=["cat"] * 50), "label"),
+        (lambda table: table.update(label=["cat"] * 49 + ["lynx"]), "has the label 'lynx'; the classes are airplane, automobile"),
+        (lambda table: table.update(label=[0.5] * 50), "column label: got double with 0 empty rows; wanted a whole number or a name"),
         (lambda table: table.update(split=["train"] * 50), "no rows with split 'test'"),
         (lambda table: table.update(split=["test"] * 50), "no rows with split 'train'"),
         (lambda table: table.update({name: pyarrow.array([], type) for name, type in EMPTY.items()}), "has no rows"),
     ],
     ids=[
         "label-too-large", "label-negative", "label-null", "wrong-size", "undecodable", "empty-bytes", "image-null", "image-cut-short",
-        "image-damaged", "column-missing", "labels-are-text", "no-test", "no-train", "no-rows",
+        "image-damaged", "column-missing", "label-unknown", "labels-are-fractions", "no-test", "no-train", "no-rows",
     ],
 )  # fmt: skip
 def test_a_bad_parquet_file_is_one_error_that_names_the_file(
@@ -333,3 +373,12 @@ def test_some_rows_of_the_real_cifar10_file(tmp_path: Path) -> None:
     assert parts.private.labels.unique().tolist() == list(range(10))
     assert 60 < parts.private.images.float().mean() < 180 and parts.private.images.float().std() > 30
     assert not torch.equal(parts.private.images[:, 0], parts.private.images[:, 2])  # in colour
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_CIFAR10.is_file(), reason=f"no CIFAR-10 at {REAL_CIFAR10}; FBL_SHARED_DATA names its folder")
+def test_the_whole_cifar10_file_is_cut_as_in_the_published_results() -> None:
+    parts = load_parts(DataConfig(name="cifar10", path=str(REAL_CIFAR10)))
+    assert [len(p) for p in (parts.test, parts.public, parts.validation, parts.private)] == [10_000, 9_000, 1_000, 40_000]
+    assert parts.public_sha256 == "1118ec88019ed8f7ee852f163dd0afbb780963652b9d2ecf94bfc78886a62d9a"
+    assert parts.private.counts(10).tolist() == [4_000] * 10

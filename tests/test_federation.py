@@ -17,6 +17,7 @@ from helpers import quick
 from safetensors.numpy import load_file
 
 from fbl_flower.config import parse_config
+from fbl_flower.data.datasets import load_parts
 from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
 from fbl_flower.federation import client, server
 from fbl_flower.federation.exchange import ask
@@ -236,6 +237,15 @@ def test_a_client_tells_the_server_only_the_public_half_of_an_error(tmp_path: Pa
         run_local(quick(tmp_path))
     assert "the fill failed" in str(failure.value) and "class 7" not in str(failure.value)
     assert "no image of class 7" in (tmp_path / "state" / "client-errors.log").read_text()
+
+
+def test_very_skewed_clients_of_which_some_have_nothing(tmp_path: Path) -> None:
+    settings = quick(tmp_path, num_clients=33, data__alpha=0.05, num_server_rounds=1, fraction_train=1.0)
+    parts = load_parts(parse_config(settings).data)
+    sizes = [len(prepare.client_examples(parse_config(settings), parts, k)) for k in range(33)]
+    assert min(sizes) == 0 and sum(sizes) == 300
+    row = json.loads(metrics(run_local(settings).run_dir).splitlines()[-1])
+    assert row["num_real"] == 300 and row["left_out"] == {}
 
 
 def test_averaged_embeddings_go_round(tmp_path: Path) -> None:

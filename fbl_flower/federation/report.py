@@ -10,6 +10,7 @@ import torch
 
 from fbl_flower.balancing.state import BalancingState, StateStore
 from fbl_flower.config import RunConfig
+from fbl_flower.data.corruption import private_examples
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import Examples, concatenate
 from fbl_flower.device import pick_device
@@ -49,7 +50,8 @@ def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays) -> None:
     synthetic = concatenate(*(c.fill for c in clients))
     if len(synthetic) == 0:
         return
-    gallery(parts.private, synthetic, names, run.path / "gallery.png")
+    everyone = private_examples(config, parts, torch.arange(len(parts.private)))
+    gallery(everyone, synthetic, names, run.path / "gallery.png")
     if config.balancing.alignment:
         _write_alignment(run, config, parts, arrays, clients, states)
 
@@ -80,7 +82,7 @@ def _write_alignment(
     offsets = torch.cat([s.embeddings[examples.labels] for examples, s in pairs])
     chosen = torch.linspace(0, len(synthetic) - 1, min(len(synthetic), _MOST_IMAGES)).long()
     synthetic, offsets = synthetic.take(chosen), offsets[chosen]
-    real = parts.private.take(torch.arange(min(len(parts.private), _MOST_IMAGES)))
+    real = private_examples(config, parts, torch.arange(min(len(parts.private), _MOST_IMAGES)))
 
     def features(examples: Examples) -> np.ndarray:
         return predict(model, examples.images.to(device), precision=config.train.precision)[0].cpu().numpy()

@@ -1,4 +1,4 @@
-"""The pictures of a run: accuracy curve, gallery, class counts. (The alignment picture has a module of its own.)
+"""The pictures of a run: accuracy curve, gallery, class counts; and of a partition. (The alignment picture has a module of its own.)
 
 Figures are made without pyplot, which keeps every figure in a global list. Matplotlib is imported when a picture is drawn: it
 costs a second, and a client never draws.
@@ -122,6 +122,42 @@ def class_counts(before: np.ndarray, kept: np.ndarray, filled: np.ndarray, class
     handles += [Patch(facecolor="0.6", label="real"), Patch(facecolor="0.85", edgecolor="0.4", hatch="////", label="synthetic")]
     figure.legend(handles=handles, loc="outside right center", frameon=False, title="class")
     figure.suptitle("Class counts of each client before and after balancing", fontsize=13)
+    save(figure, path)
+
+
+def partition_picture(counts: np.ndarray, class_names: Sequence[str], title: str, path: Path) -> None:
+    """Draw every client's images by class, as a stack, in the order of the clients' numbers.
+
+    Args:
+        counts: int [K, C], images of each client and class.
+        class_names: In the order of the labels; of more than 20, a colour bar stands for the legend.
+        title: What the partition is.
+        path: The PNG to write.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    num_clients, num_classes = counts.shape
+    if num_classes != len(class_names):
+        raise ValueError(f"counts: got {counts.shape}; wanted [clients, {len(class_names)}]")
+    figure = new_figure(min(7.5 + 0.12 * num_clients, 16.0), 4.2)
+    axes = figure.subplots()
+    _stack(axes, [(counts, "")])
+    axes.set(ylabel="images", xlabel="client", xlim=(-0.6, num_clients - 0.4), ylim=(0, 1.05 * max(counts.sum(1).max(), 1)))
+    axes.set_xticks(range(0, num_clients, math.ceil(num_clients / 25)))
+    empty = int((counts.sum(1) == 0).sum())
+    nobody = f", {empty} of them without any" if empty else ""
+    axes.set_title(f"{counts.sum():,} images of {num_clients} clients{nobody}", fontsize=11)
+    colours = [class_colour(label, num_classes) for label in range(num_classes)]
+    if num_classes <= 20:
+        handles = [Patch(facecolor=colour, label=name) for colour, name in zip(colours, class_names, strict=True)]
+        figure.legend(handles=handles[::-1], loc="outside right center", frameon=False, title="class")  # as they are stacked
+    else:
+        bar = figure.colorbar(ScalarMappable(cmap=ListedColormap(colours)), ax=axes, ticks=[0, 1], pad=0.02)
+        bar.ax.set_yticklabels([class_names[0], class_names[-1]])
+        bar.set_label(f"{num_classes} classes", labelpad=-20)
+    figure.suptitle(title, fontsize=13)
     save(figure, path)
 
 

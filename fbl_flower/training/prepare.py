@@ -13,6 +13,8 @@ import torch
 from fbl_flower.balancing.filling import fill
 from fbl_flower.balancing.plan import BalancePlan, make_plan
 from fbl_flower.config import RunConfig
+from fbl_flower.data.client_folder import client_folder_parts
+from fbl_flower.data.corruption import believed_labels, private_examples
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import Examples
 from fbl_flower.data.partition import partition
@@ -48,7 +50,12 @@ class ClientData:
 
 
 def prepare_client(
-    config: RunConfig, client: int, *, cache_folder: Path, progress: Callable[[int, int], None] | None = None
+    config: RunConfig,
+    client: int,
+    *,
+    cache_folder: Path,
+    own_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ClientData:
     """Load a client's images, plan its balanced set, and generate what is missing and not yet on its disk.
 
@@ -56,15 +63,21 @@ def prepare_client(
         config: The run's configuration.
         client: 0 .. num-clients - 1.
         cache_folder: Folder of the client's image cache.
+        own_folder: The client's own images, in place of a share of the private part.
         progress: Called with (images generated, images to generate).
     """
-    parts = load_parts(config.data)
-    real = client_examples(config, parts, client)
+    parts = _parts(config, own_folder)
+    real = parts.private if own_folder else client_examples(config, parts, client)
     plan = client_plan(config, real, parts.info.num_classes, client)
     synthetic = real.take(torch.zeros(0, dtype=torch.int64))
     if plan is not None and plan.fill.sum() > 0:
         synthetic = fill(
-            plan, shared_generator(config), ImageCache(cache_folder), seed=config.seed, client=client, progress=progress
+            plan,
+            shared_generator(config, own_folder),
+            ImageCache(cache_folder),
+            seed=config.seed,
+            client=client,
+            progress=progress,
         )
     return ClientData(
         client=client,
@@ -77,8 +90,9 @@ def prepare_client(
 
 
 def client_examples(config: RunConfig, parts: DataParts, client: int) -> Examples:
-    """Return the private images of one client."""
-    return parts.private.take(torch.from_numpy(partition(parts.private.labels.numpy(), config)[client]))
+    """Return the private images of one client, as it has them (`data.noise`, `data.wrong-labels`)."""
+    owned = partition(believed_labels(config, parts).numpy(), config)[client]
+    return private_examples(config, parts, torch.from_numpy(owned))
 
 
 def client_plan(config: RunConfig, real: Examples, num_classes: int, client: int) -> BalancePlan | None:
@@ -99,12 +113,16 @@ def augmentation_of(parts: DataParts) -> Augmentation:
     return Augmentation(shift=round(info.shift * parts.image_size / info.image_size), flip=info.flip)
 
 
-def shared_generator(config: RunConfig) -> ImageGenerator:
+def shared_generator(config: RunConfig, own_folder: Path | None = None) -> ImageGenerator:
     """Load the run's generator once per process; several clients of a simulation share it."""
     with _LOADING:
-        return _load_once(config)
+        return _load_once(config, own_folder)
 
 
 @functools.lru_cache(maxsize=1)
-def _load_once(config: RunConfig) -> ImageGenerator:
-    return load_generator(config, load_parts(config.data))
+def _load_once(config: RunConfig, own_folder: Path | None) -> ImageGenerator:
+    return load_generator(config, _parts(config, own_folder))
+
+
+def _parts(config: RunConfig, own_folder: Path | None) -> DataParts:
+    return client_folder_parts(config.data, own_folder) if own_folder else load_parts(config.data)

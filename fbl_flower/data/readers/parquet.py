@@ -1,0 +1,154 @@
+"""Parquet files with encoded images: one file with a column split, or files as the Hugging Face hub stores them.
+
+Columns: image (or img), as bytes or as a struct with bytes; label (or fine_label), as whole numbers or as names; and split,
+without which the name of a file or its folder tells (`train-00000-of-00002.parquet`, `test/0000.parquet`); all else is training data.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fbl_flower.data.readers.decoding import decode_images
+from fbl_flower.data.readers.source import ImageFormat, Source, check_labels, examples
+from fbl_flower.errors import DataError
+
+_IMAGE, _LABEL = ("image", "img"), ("label", "fine_label", "labels")
+_NAMED_SPLIT = re.compile(r"(train|test|validation|valid|val|dev)\b")
+_MOST_CLASSES = 10_000  # a larger label is no class, but something else in the column
+_TEST = ("test", "validation", "valid", "val", "dev")  # the first of them that is there is the test split
+
+
+def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source:
+    """Read the file, or all `*.parquet` below the folder.
+
+    A split is called train, test or validation; validation is the test split where there is no other, and is left out
+    beside one, as is every other split.
+
+    Args:
+        path: A file or a folder.
+        wanted: Without class names, those of the Hugging Face metadata are taken, else "class 0", "class 1", ...
+        needs_test: Whether a data set without a test split is an error.
+
+    Raises:
+        DataError: A file is damaged, lacks a column, or holds a label outside the classes or an image that cannot be decoded.
+    """
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"data.path: no file *.parquet in {path}; wanted the parquet files of {wanted.name}")
+    folders = [file.relative_to(path).parent.name if path.is_dir() else "" for file in files]
+    tables = [
+        _Table(file, folder=folder, needs_split=needs_test and len(files) == 1)
+        for file, folder in zip(files, folders, strict=True)
+    ]
+    names = wanted.class_names or next((t.class_names for t in tables if t.class_names), None) or _numbered(tables)
+    # A packaged data set's names are ours, and its files may spell them otherwise: there the number counts.
+    labels = [table.numbers(names, wanted.name, rename=not wanted.native) for table in tables]
+    splits = {str(name) for table in tables for name in table.split}
+    test = next((name for name in _TEST if name in splits), None)
+    for needed in ("train", *(["test"] if needs_test and test is None else [])):
+        if needed not in splits:
+            raise DataError(f"data.path: {path} has no rows with split {needed!r}; wanted train and test")
+    rows = [(t, i) for t in tables for i in range(len(t.split))]
+    pixels = decode_images(
+        chain.from_iterable(t.blobs() for t in tables), wanted, lambda i: f"{rows[i][0].file}, row {rows[i][1]}"
+    )
+    split, label = np.concatenate([t.split for t in tables]), np.concatenate(labels)
+    train, held_out = split == "train", split == test
+    return Source(
+        class_names=names,
+        train=examples(pixels[train], label[train]),
+        test=examples(pixels[held_out], label[held_out]) if test else None,
+    )
+
+
+class _Table:
+    """One file: its labels and splits; images are taken out when they are decoded."""
+
+    def __init__(self, file: Path, *, folder: str, needs_split: bool) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        self.file = file
+        try:
+            schema = pyarrow.parquet.read_schema(file)
+            image, label = (next((c for c in names if c in schema.names), names[0]) for names in (_IMAGE, _LABEL))
+            split = ["split"] if needs_split or "split" in schema.names else []
+            table = pyarrow.parquet.read_table(file, columns=[image, label, *split])
+            columns = {name: table[name] for name in (image, label, *split)}
+        except (pyarrow.ArrowException, OSError, KeyError) as error:
+            wanted = "image, label, split" if needs_split else "image and label"
+            raise DataError(f"data.path: {file} is not a whole parquet file with the columns {wanted}: {error}") from error
+        labels = columns[label]
+        if pyarrow.types.is_dictionary(labels.type):  # as pandas writes categories
+            labels = labels.cast(labels.type.value_type)
+        self._image, kind = columns[image], labels.type
+        self.labels_are_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+        if not (self.labels_are_text or pyarrow.types.is_integer(kind)) or labels.null_count:
+            got = f"{kind} with {labels.null_count} empty rows"
+            raise DataError(f"data.path: {file}, column {label}: got {got}; wanted a whole number or a name in every row")
+        self.raw_labels = np.array(labels.to_pylist(), dtype=object if self.labels_are_text else np.int64)
+        self.class_names = _hugging_face_names(schema.metadata, label)
+        matches = (_NAMED_SPLIT.match(name.replace("_", "-")) for name in (file.stem, folder))
+        one = next((match.group() for match in matches if match), "train")
+        self.split = np.array(columns["split"].to_pylist() if split else [one] * len(self.raw_labels), dtype=object)
+
+    def numbers(self, names: tuple[str, ...], data_name: str, *, rename: bool) -> np.ndarray:
+        """Return the labels as int64 [N] in the order of `names`."""
+        if self.labels_are_text or (rename and self.class_names and self.class_names != names):
+            own = self.class_names
+            if own and not self.labels_are_text:
+                check_labels(self.raw_labels, len(own), where=self.file, name=data_name)
+            text = [own[label] if own and not self.labels_are_text else label for label in self.raw_labels]
+            number = {name: label for label, name in enumerate(names)}
+            if unknown := sorted(set(text) - number.keys()):
+                raise DataError(f"data.path: {self.file} has the label {unknown[0]!r}; the classes are {_listed(names)}")
+            return np.array([number[name] for name in text], dtype=np.int64)
+        if len(self.raw_labels):
+            check_labels(self.raw_labels, len(names), where=self.file, name=data_name)
+        return self.raw_labels.astype(np.int64)
+
+    def blobs(self) -> Any:
+        """Yield each row's encoded image; None where there is none."""
+        import pyarrow
+
+        for chunk in self._image.chunks:
+            if pyarrow.types.is_struct(chunk.type):
+                names = [field.name for field in chunk.type]
+                if "bytes" not in names:
+                    raise DataError(f"data.path: {self.file}, column of images: got fields {', '.join(names)}; wanted bytes")
+                chunk = chunk.field("bytes")
+            for value in chunk:
+                yield value.as_py()
+
+
+def _numbered(tables: list[_Table]) -> tuple[str, ...]:
+    """Name classes by their numbers, up to the largest label."""
+    if text := next((table for table in tables if table.labels_are_text), None):
+        raise DataError(
+            f"data.classes: empty, and the labels of {text.file} are text; give all names, in the federation's order"
+        )
+    largest = max((int(table.raw_labels.max()) for table in tables if len(table.raw_labels)), default=0)
+    if largest >= _MOST_CLASSES:
+        raise DataError(
+            f"data.path: {tables[0].file.parent} has labels up to {largest}; without data.classes, at most {_MOST_CLASSES - 1}"
+        )
+    return tuple(f"class {label}" for label in range(max(largest, 0) + 1))
+
+
+def _hugging_face_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
+    """Return the names of a ClassLabel in the metadata that the library `datasets` writes, or None."""
+    try:
+        feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]
+        return tuple(str(name) for name in feature["names"]) or None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _listed(names: tuple[str, ...], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

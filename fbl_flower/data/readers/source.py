@@ -1,0 +1,61 @@
+"""What a reader is asked for, and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fbl_flower.data.examples import Examples
+from fbl_flower.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFormat:
+    """What the images of a data set must be, or be made into.
+
+    Attributes:
+        name: The data set, for messages.
+        class_names: In the order of the labels; None: to be found in the data.
+        channels: 1, 3, or 0 for 1 if every image is grey and 3 otherwise.
+        native: Height and width that every image must have, in pixels; 0: any.
+        size: Where `native` is 0, height and width to scale and crop to; 0: all images must be square and of one size.
+        upright: Turn photographs as their EXIF data says.
+    """
+
+    name: str
+    class_names: tuple[str, ...] | None
+    channels: int
+    native: int = 0
+    size: int = 0
+    upright: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set in memory, before it is cut.
+
+    Attributes:
+        class_names: In the order of the labels.
+        train: What test (where `test` is None), public, validation and private parts are cut from.
+        test: Its own test split; None where it has none.
+    """
+
+    class_names: tuple[str, ...]
+    train: Examples
+    test: Examples | None
+
+
+def examples(images: np.ndarray, labels: np.ndarray) -> Examples:
+    """Wrap uint8 [N, C, H, W] and whole numbers [N] as real images."""
+    return Examples.real(
+        torch.from_numpy(np.require(images, requirements=["C", "W"])), torch.from_numpy(labels.astype(np.int64))
+    )
+
+
+def check_labels(labels: np.ndarray, num_classes: int, *, where: object, name: str) -> None:
+    """Raise a DataError that names the file where there is no label, or one outside 0 .. num_classes - 1."""
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= num_classes:
+        got = f"labels {labels.min()} to {labels.max()}" if len(labels) else "no rows"
+        raise DataError(f"data.path: {where} has {got}; {name} has the labels 0 to {num_classes - 1}")

@@ -1,0 +1,142 @@
+"""Where a data set's files are, and which reader reads them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fbl_flower.config import DataConfig
+from fbl_flower.data.examples import Examples
+from fbl_flower.data.info import DATASETS, DataInfo, sized_by_share
+from fbl_flower.data.readers.download import default_path
+from fbl_flower.data.readers.folders import read_folder, read_tiny_imagenet
+from fbl_flower.data.readers.originals import read_cifar, read_fashion_mnist
+from fbl_flower.data.readers.packaged import read_digits, read_mnist5k
+from fbl_flower.data.readers.parquet import read_parquet
+from fbl_flower.data.readers.source import ImageFormat, Source
+from fbl_flower.errors import ConfigError, DataError
+
+_PARQUET = "the parquet file of {0}, a folder of them"
+_WANTED = {
+    "cifar10": _PARQUET.format("cifar10") + ", or the folder cifar-10-batches-py",
+    "cifar100": _PARQUET.format("cifar100") + ", or the folder cifar-100-python",
+    "tiny-imagenet": _PARQUET.format("tiny-imagenet") + ", or the folder tiny-imagenet-200",
+    "eurosat": "the folder with EuroSAT's ten class directories",
+    "fashion-mnist": "the folder with the four IDX files of Fashion-MNIST",
+    "folder": "a folder with a directory of images for each class",
+    "parquet": "a parquet file with the columns image and label, or a folder of them",
+}
+
+
+def find_source(config: DataConfig) -> Path | None:
+    """Return the file or folder of the data set, or None where a package has it.
+
+    Raises:
+        DataError: There is nothing at `data.path`, or, where that is empty, the data set cannot be downloaded.
+    """
+    if config.name in ("mnist5k", "digits"):
+        return None
+    path = Path(config.path).expanduser() if config.path else default_path(config.name)
+    if not path.exists():
+        raise DataError(f"data.path: no file at {path}; wanted {_WANTED[config.name]}")
+    return path
+
+
+def newest_change(path: Path) -> int:
+    """Return a number that changes when files are added, removed, or, directly in `path`, written anew."""
+    stamps = [path.stat().st_mtime_ns]
+    if path.is_dir():
+        stamps += [entry.stat().st_mtime_ns for entry in path.iterdir()]
+        stamps += [os.stat(folder).st_mtime_ns for folder, _, _ in os.walk(path)]
+    return hash(tuple(stamps))
+
+
+def read_source(config: DataConfig, path: Path | None) -> tuple[DataInfo, Source]:
+    """Read the data set, in the channels asked for.
+
+    Args:
+        config: Its name, classes, image size and channels count.
+        path: What `find_source` returned.
+
+    Returns:
+        What is known of the data set, with default sizes of its parts, and its images.
+
+    Raises:
+        DataError: A file is missing or damaged, or holds a label outside the classes.
+    """
+    source = _read(config, path, image_format(config))
+    if config.channels:
+        source = replace(source, train=_in_channels(source.train, config.channels))
+        source = replace(source, test=_in_channels(source.test, config.channels) if source.test else None)
+    channels, size = source.train.images.shape[1:3]
+    if config.name in DATASETS:
+        info = replace(DATASETS[config.name], channels=channels)
+    else:
+        info = own_info(config.name, source.class_names, channels=channels, image_size=size)
+    if config.name in ("mnist5k", "digits", "cifar10", "cifar100", "fashion-mnist"):
+        return info, source
+    num_test = len(source.test) if source.test else 0
+    test_share = 0.1 if config.name == "eurosat" else 0.2
+    return sized_by_share(info, num_train=len(source.train), num_test=num_test, test_share=test_share), source
+
+
+def image_format(config: DataConfig) -> ImageFormat:
+    """Return what the files of the data set must hold."""
+    info = DATASETS.get(config.name)
+    if info is not None:
+        return ImageFormat(name=info.name, class_names=info.class_names, channels=info.channels, native=info.image_size)
+    return ImageFormat(
+        name=config.name,
+        class_names=config.class_names or None,
+        channels=config.channels or (3 if config.name == "folder" else 0),
+        size=config.image_size,
+        upright=True,
+    )
+
+
+def own_info(name: str, class_names: tuple[str, ...], *, channels: int, image_size: int) -> DataInfo:
+    """Describe the user's own images. Nothing is known of them: they are not mirrored, and shifted by an eighth at most."""
+    return DataInfo(
+        name=name, class_names=class_names, channels=channels, image_size=image_size, shift=image_size // 8, flip=False,
+        num_test=0, num_public=0, num_validation=0, num_private=0,
+    )  # fmt: skip
+
+
+def _read(config: DataConfig, path: Path | None, wanted: ImageFormat) -> Source:
+    if path is None:
+        images = read_mnist5k() if config.name == "mnist5k" else read_digits()
+        return Source(class_names=wanted.class_names or (), train=images, test=None)
+    in_parquet = config.name not in ("folder", "eurosat", "fashion-mnist") and (path.is_file() or any(path.rglob("*.parquet")))
+    match config.name:
+        case "parquet":
+            return read_parquet(path, wanted, needs_test=False)
+        case "cifar10" | "cifar100" | "tiny-imagenet" if in_parquet:
+            return read_parquet(path, wanted, needs_test=True)
+        case "cifar10" | "cifar100":
+            return read_cifar(path, wanted)
+        case "tiny-imagenet":
+            return read_tiny_imagenet(path, wanted)
+        case "eurosat":
+            inner = next((p for p in (path / "eurosat" / "2750", path / "2750") if p.is_dir()), path)
+            return read_folder(inner, wanted)
+        case "fashion-mnist":
+            return read_fashion_mnist(path, wanted)
+        case "folder":
+            return read_folder(path, wanted)
+        case _:
+            raise ConfigError([f"data.name: got {config.name!r}; allowed: {' | '.join([*DATASETS, 'folder', 'parquet'])}"])
+
+
+def _in_channels(examples: Examples, channels: int) -> Examples:
+    """Turn images of 1 or 3 channels into grey (ITU-R 601, as Pillow) or into three equal channels."""
+    images = examples.images
+    if images.shape[1] == channels:
+        return examples
+    if channels == 3:
+        return replace(examples, images=images.expand(-1, 3, -1, -1).contiguous())
+    weights = torch.tensor([0.299, 0.587, 0.114])[None, :, None, None]
+    pieces = [(piece * weights).sum(1, keepdim=True).round().to(torch.uint8) for piece in images.split(4096)]
+    return replace(examples, images=torch.cat(pieces))
