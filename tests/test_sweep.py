@@ -66,7 +66,7 @@ def test_the_experiments_are_valid_and_none_is_written_twice() -> None:
     distinct = {json.dumps([row.kind, flatten(row.config)]) for row in rows}
     assert len(distinct) == len(rows) and len({row.title for row in rows}) == len(rows)
     assert all(row.config.num_clients == 10 and row.config.data.name == "mnist5k" for row in rows)
-    assert all(row.config.num_server_rounds == (60 if row.name.endswith("long") else 20) for row in rows)
+    assert all(row.config.num_server_rounds == (60 if row.name.startswith("0") else 20) for row in rows)
     by_name = {row.name[3:]: row.config.balancing for row in rows}
     assert not by_name["align"].drop and by_name["align-drop"].drop == 0.5 and not by_name["align-drop"].replay_period
     assert not by_name["loss"].alignment and by_name["random"].sampling == "random" and by_name["fbl"].replay_period == 5

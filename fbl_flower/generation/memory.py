@@ -1,0 +1,103 @@
+"""How many images fit into memory together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+_SHARE = 0.5  # of the free memory that images under way may take
+_SHORT = ("not enough memory", "can't allocate memory", "out of memory", "could not create a primitive", "bad allocation")
+_log = logging.getLogger("fbl_flower.generation")  # not Flower's logger, whose lines may reach the server
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out: torch says so in several ways, and on a CPU by the text alone."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _SHORT)
+
+
+def free_bytes() -> int | None:
+    """Return the memory that this process may still take, of the machine and of its control group; None where it cannot be told."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # another system, another version of control groups, or no limit
+        pass
+    return max(0, min(found)) if found else None
+
+
+@torch.no_grad()
+def activation_bytes(network: nn.Module, evaluate: Callable[[], object]) -> int:
+    """Return the size of everything that the layers of `network` put out during `evaluate()`: more than is ever held at once."""
+    total = 0
+
+    def count(_: nn.Module, __: object, output: object) -> None:
+        nonlocal total
+        if isinstance(output, torch.Tensor):
+            total += output.numel() * output.element_size()
+
+    leaves = [module for module in network.modules() if next(module.children(), None) is None]
+    hooks = [leaf.register_forward_hook(count) for leaf in leaves]
+    try:
+        evaluate()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def fitting_batch(asked: int, *, bytes_per_image: int, limit_mb: int) -> int:
+    """Return how many images to make together: `asked`, or as many as fit.
+
+    Args:
+        asked: At most so many.
+        bytes_per_image: What one image under way takes at most.
+        limit_mb: MiB for the images under way; 0: half of the free memory, where that can be told.
+    """
+    free = free_bytes()
+    budget = limit_mb * 2**20 if limit_mb else None if free is None else int(_SHARE * free)
+    if budget is None:
+        return asked
+    fitting = max(1, min(asked, budget // max(1, bytes_per_image)))
+    if fitting < asked:
+        _log.warning("generator: %d images together instead of %d, for the memory at hand", fitting, asked)
+    return fitting
+
+
+class Batches:
+    """Cuts work into batches, and into smaller ones from the moment that memory runs out.
+
+    Args:
+        size: Images made together at first.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def run(self, num: int, make: Callable[[int, int], None]) -> None:
+        """Call `make(start, stop)` for every batch of `num` images; one that runs out of memory is made again in halves.
+
+        Raises:
+            Exception: As `make` does, also if memory runs out with a single image.
+        """
+        start = 0
+        while start < num:
+            stop = min(start + self.size, num)
+            try:
+                make(start, stop)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or self.size == 1:
+                    raise
+                self.size = (self.size + 1) // 2
+                _log.warning("generator: out of memory; %d images together from now on", self.size)
+                continue
+            start = stop
