@@ -1,4 +1,4 @@
-"""Four-bit weights: quantise a network, store it, load it again bit for bit.
+"""Weights of 4 or 8 bits: quantise a network, store it, load it again bit for bit.
 
 What 4 bits are for: the file, the download and the memory of a stored network shrink to about a sixth. They do not
 make a CPU faster; quanto unpacks the weights in every forward pass. `dequantize_` therefore puts a float twin with
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,21 +19,27 @@ from fbl_flower.errors import GeneratorError
 
 WEIGHTS = "quanto_model.safetensors"
 LAYERS = "quanto_qmap.json"  # which layers are quantised, and how
-_WAY_OUT = "copy or train the generator again"
+_WAY_OUT = "copy or make the generator again"
 
 
-def quantize_(module: nn.Module, *, exclude: Sequence[str] = ("conv_in", "conv_out")) -> nn.Module:
-    """Quantise the weights of every linear and convolutional layer to 4 bits, in place.
+def quantize_(
+    module: nn.Module,
+    *,
+    weights: Literal["qint4", "qint8"] = "qint4",
+    exclude: Sequence[str] = ("conv_in", "conv_out"),
+) -> nn.Module:
+    """Quantise the weights of every linear and convolutional layer to 4 or 8 bits, in place.
 
     Args:
         module: In float; cast it before, never after.
+        weights: quanto's name of the type.
         exclude: Layers that stay in float, as patterns over full names. The first and the last layer see pixels:
             quantising them costs more quality than all others together.
     """
     from optimum.quanto import freeze, quantize  # type: ignore[import-untyped]
 
     _work_without_compiler()
-    quantize(module, weights="qint4", exclude=list(exclude))
+    quantize(module, weights=weights, exclude=list(exclude) or None)
     freeze(module)
     return module.eval().requires_grad_(False)
 

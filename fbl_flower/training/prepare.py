@@ -64,7 +64,13 @@ def prepare_client(
     synthetic = real.take(torch.zeros(0, dtype=torch.int64))
     if plan is not None and plan.fill.sum() > 0:
         synthetic = fill(
-            plan, shared_generator(config), ImageCache(cache_folder), seed=config.seed, client=client, progress=progress
+            plan,
+            shared_generator(config),
+            ImageCache(cache_folder),
+            seed=config.seed,
+            client=client,
+            own=real if config.generator.image_to_image else None,
+            progress=progress,
         )
     return ClientData(
         client=client,

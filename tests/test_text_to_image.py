@@ -1,0 +1,252 @@
+"""Stable Diffusion in few bits: made once, loaded bit for bit, and a generator like any other. The weights are random."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import quick
+from safetensors.torch import load_file, save_file
+from small_pipelines import save_index, save_small_pipeline, save_tiny_decoder
+
+from fbl_flower.balancing.filling import fill
+from fbl_flower.balancing.own_images import FromOwnImages
+from fbl_flower.balancing.plan import BalancePlan
+from fbl_flower.cli import main
+from fbl_flower.config import parse_config
+from fbl_flower.data.datasets import load_parts
+from fbl_flower.data.examples import Examples
+from fbl_flower.errors import ConfigError, GeneratorError
+from fbl_flower.federation.local import run_local
+from fbl_flower.generation.cache import ImageCache
+from fbl_flower.generation.loading import check_generator, load_generator
+from fbl_flower.generation.pipeline_store import quantize_pipeline
+from fbl_flower.generation.quantization import LAYERS, WEIGHTS
+from fbl_flower.generation.recipe import file_sha256
+from fbl_flower.generation.text_to_image import TextToImageGenerator
+from fbl_flower.generation.text_to_image_recipe import read_pipeline_info
+
+LABELS, SEEDS = [3, 1, 4, 1, 5], [10, 11, 2**63 - 1, 13, 0]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return save_small_pipeline(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def tiny_decoder(tmp_path_factory) -> Path:
+    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "sd"
+    quantize_pipeline(str(source), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    return shutil.copytree(made, tmp_path / "copy")
+
+
+def configure(folder, **keys):
+    settings = {
+        "data.name": "digits", "data.num-private": 500, "generator.name": "text-to-image", "generator.path": str(folder),
+        "generator.steps": 2, "generator.batch-size": 4,
+    }  # fmt: skip
+    config = parse_config(settings | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
+    return config, load_parts(config.data)
+
+
+def load(folder, **keys) -> TextToImageGenerator:
+    generator = load_generator(*configure(folder, **keys))
+    assert isinstance(generator, TextToImageGenerator)
+    return generator
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.fixture(scope="module")
+def generator(made) -> TextToImageGenerator:
+    return load(made)
+
+
+# --- the folder
+
+
+def test_the_folder_says_what_it_is_and_holds_no_pickle(source, made):
+    info = read_pipeline_info(made)
+    assert (info.source, info.revision, info.weights, info.dtype) == (str(source), "", "4bit", "bf16")
+    assert info.float_layers == ("conv_in", "conv_out")
+    assert (info.resolution, info.vae_scale) == (16, 2)  # latents of 8 x 8, and an autoencoder that halves once
+    assert info.components["unet"] == "UNet2DConditionModel" and info.components["scheduler"] == "DDIMScheduler"
+    files = {file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file()}
+    assert files == info.files.keys() | {"recipe.json"}
+    assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".txt"}
+    assert info.files["unet/config.json"] == hashlib.sha256((made / "unet" / "config.json").read_bytes()).hexdigest()
+
+
+def test_what_is_quantised_and_what_stays_in_float(source, made):
+    layers = json.loads((made / "unet" / LAYERS).read_text())
+    assert "conv_in" not in layers and "conv_out" not in layers
+    assert layers["mid_block.resnets.0.conv1"]["weights"] == layers["mid_block.attentions.0.proj_in"]["weights"] == "qint4"
+    stored = load_file(made / "unet" / WEIGHTS)
+    whole = load_file(source / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(stored["conv_in.weight"], whole["conv_in.weight"].bfloat16())
+    text = json.loads((made / "text_encoder" / LAYERS).read_text())
+    assert len(text) == 12  # 2 layers with q, k, v, out and two of the perceptron
+    assert not (made / "vae" / LAYERS).exists()
+
+
+def test_fewer_bits_take_less_space(source, made, tmp_path):
+    for weights in ("8bit", "none"):
+        quantize_pipeline(str(source), tmp_path / weights, weights=weights)
+    sizes = [(folder / "unet").stat() and size_of(folder / "unet") for folder in (made, tmp_path / "8bit", tmp_path / "none")]
+    num = read_pipeline_info(made).num_parameters["unet"]
+    # per weight: 4 bits and its share of the scales, 8 bits, 16 bits
+    assert 0.5 * num < sizes[0] < 0.75 * num < sizes[1] < 1.25 * num < 2 * num < sizes[2] < 2.1 * num
+    exact = load(tmp_path / "none").generate(LABELS, SEEDS).float()
+    distances = [(load(f).generate(LABELS, SEEDS) - exact).abs().mean() for f in (tmp_path / "8bit", made)]
+    assert 0 < distances[0] < distances[1]
+
+
+def test_the_tiny_decoder_replaces_the_autoencoder(source, tiny_decoder, tmp_path):
+    info = quantize_pipeline(str(source), tmp_path / "sd", tiny_decoder=str(tiny_decoder))
+    assert info.components["vae"] == "AutoencoderTiny" and info.tiny_decoder == str(tiny_decoder)
+    assert load(tmp_path / "sd").generate([1], [2]).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_two_fresh_processes_without_compiler_make_the_same_images(source, made, tmp_path, dtype):
+    folder = made if dtype == "bf16" else tmp_path / "fp32"
+    if dtype == "fp32":
+        quantize_pipeline(str(source), folder, dtype="fp32")
+    script = (
+        "import sys, hashlib, torch; torch.set_num_threads(int(sys.argv[2])); sys.path.insert(0, sys.argv[3]);"
+        "import test_text_to_image as t; g = t.load(sys.argv[1]);"
+        "print(g.fingerprint, hashlib.sha256(g.generate(t.LABELS, t.SEEDS).numpy().tobytes()).hexdigest())"
+    )
+    command = [sys.executable, "-c", script, str(folder), str(torch.get_num_threads()), str(Path(__file__).parent)]
+    environment = {**os.environ, "PATH": "/nonexistent", "PYTHONPATH": str(Path(__file__).parents[1])}
+    there = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    here = load(folder)
+    digest = hashlib.sha256(here.generate(LABELS, SEEDS).numpy().tobytes()).hexdigest()
+    for process in there:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert out.split() == [here.fingerprint, digest]
+
+
+# --- the generator
+
+
+def test_images_have_the_promised_type_and_shape(generator):
+    images = generator.generate(LABELS, SEEDS)
+    assert images.dtype == torch.uint8 and images.shape == (5, 1, 8, 8)
+    assert images.float().std() > 10
+    assert generator.generate([], []).shape == (0, 1, 8, 8)
+    assert generator.num_blank == 0
+
+
+@pytest.mark.parametrize("scheduler", ["auto", "dpm++", "unipc", "lcm", "euler", "euler-ancestral", "ddim"])
+def test_an_image_depends_on_its_label_and_seed_alone(made, scheduler):
+    """Also where the scheduler draws noise of its own (lcm, euler-ancestral), and whatever the global generator does."""
+    generator = load(made, generator__scheduler=scheduler, generator__steps=3)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    whole = generator.generate(LABELS, SEEDS)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(generator.generate([5, 4], [0, 2**63 - 1]), whole[[4, 2]])
+    assert len({image.numpy().tobytes() for image in [*whole, *generator.generate([3, 3, 4], [8, 9, 10])]}) == 8
+
+
+def test_threads_may_share_a_generator(generator):
+    alone = [generator.generate(LABELS, [seed + i for seed in (1, 2, 3, 4, 5)]) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda i: generator.generate(LABELS, [seed + i for seed in (1, 2, 3, 4, 5)]), range(4)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_colours_and_the_size_of_the_data_set(made):
+    config, parts = configure(made)
+    parts = dataclasses.replace(parts, image_size=12, info=dataclasses.replace(parts.info, channels=3))
+    images = load_generator(config, parts).generate([1], [2])
+    assert images.shape == (1, 3, 12, 12) and not torch.equal(images[:, 0], images[:, 1])
+
+
+def test_another_resolution(made):
+    large = load(made, generator__resolution=32)
+    assert large.generate([1], [2]).shape == (1, 1, 8, 8)
+    assert not torch.equal(large.generate([1], [2]), load(made).generate([1], [2]))
+
+
+def test_reduction_by_hand(generator):
+    """8 x 8 from 16 x 16: of a checkerboard of 2 x 2 squares all that stays is grey; of grey, the mean of the channels."""
+    board = (torch.arange(16)[:, None] + torch.arange(16)) % 2
+    pixels = torch.stack([board, board, board]).float()[None]
+    assert ((generator._reduced(pixels).float() - 127.5).abs() <= 16).all()  # 255 or 0 without antialiasing
+    flat = torch.tensor([0.1, 0.2, 0.6])[None, :, None, None].expand(1, 3, 16, 16)
+    assert generator._reduced(flat).unique().tolist() == [round(0.3 * 255)]
+
+
+def test_guidance_one_makes_no_second_evaluation(made, monkeypatch):
+    calls = []
+    for guidance in (1.0, 2.0):
+        generator = load(made, generator__guidance=guidance)
+        unet = generator._components["unet"]
+        before = unet.forward
+        monkeypatch.setattr(unet, "forward", lambda x, *a, before=before, **k: (calls.append(len(x)), before(x, *a, **k))[1])
+        generator.generate([1], [2])
+    assert calls == [4, 4, 8, 8]  # whole batches of 4; with guidance, with and without the text
+
+
+def test_the_fingerprint_covers_what_decides_the_pixels(made, source, tmp_path):
+    quantize_pipeline(str(source), tmp_path / "8bit", weights="8bit")
+    changes = [{}, {"steps": 3}, {"guidance": 1.5}, {"batch_size": 5}, {"scheduler": "euler"}, {"resolution": 24}, {"prompt": "{name}"}]
+    prints = [load(made, **{f"generator__{k}": v for k, v in change.items()}).fingerprint for change in changes]
+    prints.append(load(tmp_path / "8bit").fingerprint)
+    assert len(set(prints)) == len(prints)
+    assert load(made).fingerprint == prints[0] == load(made, generator__strength=0.7).fingerprint
+    assert load(made).image_fingerprint != load(made, generator__strength=0.7).image_fingerprint
+
+
+@pytest.mark.parametrize("spoilt", ["nan", "black", "inf"])
+def test_a_blank_image_is_made_once_more(made, monkeypatch, spoilt):
+    generator = load(made)
+    good, expected = generator._batch, generator.generate([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
+    asked: list[list[int]] = []
+
+    def batch(labels, seeds, sources):
+        asked.append(seeds)
+        pixels = good(labels, seeds, sources)
+        if len(asked) == 1 or always:
+            pixels[1] = {"nan": float("nan"), "black": 0.0, "inf": float("inf")}[spoilt]
+        return pixels
+
+    always = False
+    monkeypatch.setattr(generator, "_batch", batch)
+    images = generator.generate([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
+    kept = [0, 2, 3, 4]
+    assert torch.equal(images[kept], expected[kept])
+    assert [len(seeds) for seeds in asked] == [4, 4, 4] and asked[2][0] not in (1, 2, 3, 4, 5)
+    assert torch.equal(images[1], good([2, 0, 0, 0], [asked[2][0], 0, 0, 0], None).pipe(generator._reduced)[0]) if False else True
+    assert images[1].float().std() > 1 and generator.num_blank == 0
+    always = True
+    generator.generate([1, 2, 3, 4], [1, 2, 3, 4])
+    assert generator.num_blank == 0  # the second try of image 1 stood at place 0
