@@ -9,6 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from fbl_flower.config import RunConfig, parse_config
+from fbl_flower.data.datasets import DataParts, load_parts
+from fbl_flower.generation.loading import load_generator
+from fbl_flower.generation.text_to_image import TextToImageGenerator
+
+
+def configure(folder: Path | str, **keys: Any) -> tuple[RunConfig, DataParts]:
+    """Return a configuration with the generator in `folder`, quick settings, and its data."""
+    settings = {
+        "data.name": "digits", "data.num-private": 500, "generator.name": "text-to-image", "generator.path": str(folder),
+        "generator.steps": 2, "generator.batch-size": 4,
+    }  # fmt: skip
+    config = parse_config(settings | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
+    return config, load_parts(config.data)
+
+
+def load(folder: Path | str, **keys: Any) -> TextToImageGenerator:
+    """Load the generator in `folder` with the settings of `configure`."""
+    generator = load_generator(*configure(folder, **keys))
+    assert isinstance(generator, TextToImageGenerator)
+    return generator
+
 
 def save_tokenizer(folder: Path) -> dict[str, int]:
     """Write a CLIPTokenizer whose vocabulary is the bytes, each also as the end of a word; return the vocabulary."""

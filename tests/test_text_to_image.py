@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,26 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import quick
-from safetensors.torch import load_file, save_file
-from small_pipelines import save_index, save_small_pipeline, save_tiny_decoder
+from safetensors.torch import load_file
+from small_pipelines import configure, load, save_small_pipeline, save_tiny_decoder
 
-from fbl_flower.balancing.filling import fill
-from fbl_flower.balancing.own_images import FromOwnImages
-from fbl_flower.balancing.plan import BalancePlan
-from fbl_flower.cli import main
-from fbl_flower.config import parse_config
-from fbl_flower.data.datasets import load_parts
-from fbl_flower.data.examples import Examples
-from fbl_flower.errors import ConfigError, GeneratorError
-from fbl_flower.federation.local import run_local
-from fbl_flower.generation.cache import ImageCache
-from fbl_flower.generation.loading import check_generator, load_generator
+from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.loading import load_generator
 from fbl_flower.generation.pipeline_store import quantize_pipeline
 from fbl_flower.generation.quantization import LAYERS, WEIGHTS
-from fbl_flower.generation.recipe import file_sha256
 from fbl_flower.generation.text_to_image import TextToImageGenerator
 from fbl_flower.generation.text_to_image_recipe import read_pipeline_info
+from fbl_flower.seeding import derive
 
 LABELS, SEEDS = [3, 1, 4, 1, 5], [10, 11, 2**63 - 1, 13, 0]
 
@@ -44,35 +33,10 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny_decoder(tmp_path_factory) -> Path:
-    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
-
-
-@pytest.fixture(scope="module")
 def made(source, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "sd"
     quantize_pipeline(str(source), folder)
     return folder
-
-
-@pytest.fixture
-def folder(made, tmp_path) -> Path:
-    return shutil.copytree(made, tmp_path / "copy")
-
-
-def configure(folder, **keys):
-    settings = {
-        "data.name": "digits", "data.num-private": 500, "generator.name": "text-to-image", "generator.path": str(folder),
-        "generator.steps": 2, "generator.batch-size": 4,
-    }  # fmt: skip
-    config = parse_config(settings | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()})
-    return config, load_parts(config.data)
-
-
-def load(folder, **keys) -> TextToImageGenerator:
-    generator = load_generator(*configure(folder, **keys))
-    assert isinstance(generator, TextToImageGenerator)
-    return generator
 
 
 def size_of(folder: Path) -> int:
@@ -114,7 +78,7 @@ def test_what_is_quantised_and_what_stays_in_float(source, made):
 def test_fewer_bits_take_less_space(source, made, tmp_path):
     for weights in ("8bit", "none"):
         quantize_pipeline(str(source), tmp_path / weights, weights=weights)
-    sizes = [(folder / "unet").stat() and size_of(folder / "unet") for folder in (made, tmp_path / "8bit", tmp_path / "none")]
+    sizes = [size_of(folder / "unet") for folder in (made, tmp_path / "8bit", tmp_path / "none")]
     num = read_pipeline_info(made).num_parameters["unet"]
     # per weight: 4 bits and its share of the scales, 8 bits, 16 bits
     assert 0.5 * num < sizes[0] < 0.75 * num < sizes[1] < 1.25 * num < 2 * num < sizes[2] < 2.1 * num
@@ -123,7 +87,8 @@ def test_fewer_bits_take_less_space(source, made, tmp_path):
     assert 0 < distances[0] < distances[1]
 
 
-def test_the_tiny_decoder_replaces_the_autoencoder(source, tiny_decoder, tmp_path):
+def test_the_tiny_decoder_replaces_the_autoencoder(source, tmp_path):
+    tiny_decoder = save_tiny_decoder(tmp_path / "decoder")
     info = quantize_pipeline(str(source), tmp_path / "sd", tiny_decoder=str(tiny_decoder))
     assert info.components["vae"] == "AutoencoderTiny" and info.tiny_decoder == str(tiny_decoder)
     assert load(tmp_path / "sd").generate([1], [2]).shape == (1, 1, 8, 8)
@@ -136,8 +101,8 @@ def test_two_fresh_processes_without_compiler_make_the_same_images(source, made,
         quantize_pipeline(str(source), folder, dtype="fp32")
     script = (
         "import sys, hashlib, torch; torch.set_num_threads(int(sys.argv[2])); sys.path.insert(0, sys.argv[3]);"
-        "import test_text_to_image as t; g = t.load(sys.argv[1]);"
-        "print(g.fingerprint, hashlib.sha256(g.generate(t.LABELS, t.SEEDS).numpy().tobytes()).hexdigest())"
+        "import small_pipelines as t, test_text_to_image as u; g = t.load(sys.argv[1]);"
+        "print(g.fingerprint, hashlib.sha256(g.generate(u.LABELS, u.SEEDS).numpy().tobytes()).hexdigest())"
     )
     command = [sys.executable, "-c", script, str(folder), str(torch.get_num_threads()), str(Path(__file__).parent)]
     environment = {**os.environ, "PATH": "/nonexistent", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -218,7 +183,15 @@ def test_guidance_one_makes_no_second_evaluation(made, monkeypatch):
 
 def test_the_fingerprint_covers_what_decides_the_pixels(made, source, tmp_path):
     quantize_pipeline(str(source), tmp_path / "8bit", weights="8bit")
-    changes = [{}, {"steps": 3}, {"guidance": 1.5}, {"batch_size": 5}, {"scheduler": "euler"}, {"resolution": 24}, {"prompt": "{name}"}]
+    changes = [
+        {},
+        {"steps": 3},
+        {"guidance": 1.5},
+        {"batch_size": 5},
+        {"scheduler": "euler"},
+        {"resolution": 24},
+        {"prompt": "{name}"},
+    ]
     prints = [load(made, **{f"generator__{k}": v for k, v in change.items()}).fingerprint for change in changes]
     prints.append(load(tmp_path / "8bit").fingerprint)
     assert len(set(prints)) == len(prints)
@@ -226,27 +199,33 @@ def test_the_fingerprint_covers_what_decides_the_pixels(made, source, tmp_path):
     assert load(made).image_fingerprint != load(made, generator__strength=0.7).image_fingerprint
 
 
-@pytest.mark.parametrize("spoilt", ["nan", "black", "inf"])
-def test_a_blank_image_is_made_once_more(made, monkeypatch, spoilt):
-    generator = load(made)
-    good, expected = generator._batch, generator.generate([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
-    asked: list[list[int]] = []
+@pytest.mark.parametrize("spoilt", [0.0, 1.0, float("nan"), float("inf")])
+def test_a_blank_image_is_made_once_more_from_another_seed(made, monkeypatch, caplog, spoilt):
+    generator, labels, seeds, again = load(made), [1, 2, 3, 4, 5], [1, 2, 3, 4, 5], derive(2, "again")
+    expected, second = generator.generate(labels, seeds), generator.generate([2], [again])[0]
+    intact, asked, bad = generator._batch, [], {2}
 
     def batch(labels, seeds, sources):
         asked.append(seeds)
-        pixels = good(labels, seeds, sources)
-        if len(asked) == 1 or always:
-            pixels[1] = {"nan": float("nan"), "black": 0.0, "inf": float("inf")}[spoilt]
+        pixels = intact(labels, seeds, sources)
+        pixels[[seed in bad for seed in seeds]] = spoilt
         return pixels
 
-    always = False
     monkeypatch.setattr(generator, "_batch", batch)
-    images = generator.generate([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
-    kept = [0, 2, 3, 4]
-    assert torch.equal(images[kept], expected[kept])
-    assert [len(seeds) for seeds in asked] == [4, 4, 4] and asked[2][0] not in (1, 2, 3, 4, 5)
-    assert torch.equal(images[1], good([2, 0, 0, 0], [asked[2][0], 0, 0, 0], None).pipe(generator._reduced)[0]) if False else True
-    assert images[1].float().std() > 1 and generator.num_blank == 0
-    always = True
-    generator.generate([1, 2, 3, 4], [1, 2, 3, 4])
-    assert generator.num_blank == 0  # the second try of image 1 stood at place 0
+    images = generator.generate(labels, seeds)
+    assert asked == [[1, 2, 3, 4], [5, 0, 0, 0], [again, 0, 0, 0]]
+    assert torch.equal(images[[0, 2, 3, 4]], expected[[0, 2, 3, 4]]) and torch.equal(images[1], second)
+    assert generator.num_blank == 0 and not caplog.records
+    bad.add(again)
+    assert len(generator.generate(labels, seeds)[1].unique()) == 1
+    assert generator.num_blank == 1
+    assert "1 of 5 images are blank" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "seeds", "message"),
+    [([10], [0], "got the label 10"), ([0], [-1], "got the seed -1"), ([0, 1], [0], "got 2 labels and 1 seeds")],
+)
+def test_impossible_requests_are_refused(generator, labels, seeds, message):
+    with pytest.raises(GeneratorError, match=message):
+        generator.generate(labels, seeds)
