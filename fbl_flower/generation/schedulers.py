@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.components import class_of
+from fbl_flower.generation.text_to_image_recipe import WAY_OUT
 
 # `generator.scheduler`: diffusers' class, and what differs from the pipeline's own settings. Each draws its noise, if any, from the
 # streams that it is given, so that an image depends on its own seed alone.
@@ -50,3 +53,14 @@ def check_steps(scheduler: Any, steps: int) -> None:
             f"generator.steps: got {steps}, which {type(scheduler).__name__} cannot make ({error}); "
             "change it, or generator.scheduler"
         ) from error
+
+
+def read_scheduler(folder: Path, class_name: str) -> dict[str, Any]:
+    """Return the settings of the scheduler that a generator's folder holds; raises `GeneratorError`."""
+    file = folder / "scheduler_config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        make_scheduler("auto", class_name, config)
+    except (OSError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise GeneratorError(f"generator: {file} describes no {class_name} ({error}); {WAY_OUT}") from error
+    return config

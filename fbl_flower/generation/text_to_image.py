@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fbl_flower.generation.components import DTYPE, load_component, num_paramete
 from fbl_flower.generation.prompts import Prompts
 from fbl_flower.generation.protocol import check_request
 from fbl_flower.generation.quantization import dequantize_
-from fbl_flower.generation.schedulers import check_steps, make_scheduler
+from fbl_flower.generation.schedulers import check_steps, make_scheduler, read_scheduler
 from fbl_flower.generation.text_to_image_recipe import WAY_OUT, PipelineInfo, check_pipeline_files, read_pipeline_info
 from fbl_flower.seeding import derive
 
@@ -63,13 +63,20 @@ class TextToImageGenerator:
     """
 
     def __init__(
-        self, components: dict[str, Any], info: PipelineInfo, target: Target, settings: GeneratorConfig, *, device: str
+        self,
+        components: Mapping[str, Any],
+        own_scheduler: Mapping[str, Any],
+        info: PipelineInfo,
+        target: Target,
+        settings: GeneratorConfig,
+        *,
+        device: str,
     ) -> None:
         self.info = info
         self.num_blank = 0
         self.batch_size = settings.batch_size
         self._components = components
-        self._own_scheduler = dict(components.pop("scheduler").config)
+        self._own_scheduler = own_scheduler
         self._target = target
         self._settings = settings
         self._resolution = settings.resolution or info.resolution
@@ -113,10 +120,8 @@ class TextToImageGenerator:
         info = read_pipeline_info(folder)
         if problems := check_pipeline_files(folder, info):
             raise GeneratorError("\n".join(problems))
-        components: dict[str, Any] = {
-            "tokenizer": _read_tokenizer(folder / "tokenizer"),
-            "scheduler": make_own_scheduler(folder / "scheduler", info.components["scheduler"]),
-        }
+        own_scheduler = read_scheduler(folder / "scheduler", info.components["scheduler"])
+        components: dict[str, Any] = {"tokenizer": _read_tokenizer(folder / "tokenizer")}
         for name in ("vae", "text_encoder", "unet"):
             weights = "none" if name == "vae" else info.weights
             try:
@@ -127,7 +132,7 @@ class TextToImageGenerator:
                 dequantize_(model)
             components[name] = model
         return_freed_memory()
-        return cls(components, info, target, settings, device=device)
+        return cls(components, own_scheduler, info, target, settings, device=device)
 
     def generate(self, labels: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
         """Return uint8 [M, C, H, W] on the CPU; see `ImageGenerator.generate`."""
@@ -236,15 +241,6 @@ class TextToImageGenerator:
         size = (self._resolution,) * 2
         large = F.interpolate(images.float() / 255, size=size, mode="bicubic", antialias=True, align_corners=False)
         return large.clamp(0, 1).expand(-1, 3, -1, -1)
-
-
-def make_own_scheduler(folder: Path, class_name: str) -> Any:
-    """Return the scheduler that a generator's folder holds; raises `GeneratorError`."""
-    file = folder / "scheduler_config.json"
-    try:
-        return make_scheduler("auto", class_name, json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        raise GeneratorError(f"generator: {file} describes no {class_name} ({error}); {WAY_OUT}") from error
 
 
 def _read_tokenizer(folder: Path) -> Any:
