@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_pipelines import configure, load, save_small_pipeline, save_tiny_decoder
+from small_pipelines import configure, load, save_tiny_decoder
 
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.loading import load_generator
@@ -28,15 +28,8 @@ LABELS, SEEDS = [3, 1, 4, 1, 5], [10, 11, 2**63 - 1, 13, 0]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return save_small_pipeline(tmp_path_factory.mktemp("source"))
-
-
-@pytest.fixture(scope="module")
-def made(source, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("made") / "sd"
-    quantize_pipeline(str(source), folder)
-    return folder
+def generator(small_made) -> TextToImageGenerator:
+    return load(small_made)
 
 
 def like(generator: TextToImageGenerator, **settings) -> TextToImageGenerator:
@@ -51,62 +44,58 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-@pytest.fixture(scope="module")
-def generator(made) -> TextToImageGenerator:
-    return load(made)
-
-
 # --- the folder
 
 
-def test_the_folder_says_what_it_is_and_holds_no_pickle(source, made):
-    info = read_pipeline_info(made)
-    assert (info.source, info.revision, info.weights, info.dtype) == (str(source), "", "4bit", "bf16")
+def test_the_folder_says_what_it_is_and_holds_no_pickle(small_source, small_made):
+    info = read_pipeline_info(small_made)
+    assert (info.source, info.revision, info.weights, info.dtype) == (str(small_source), "", "4bit", "bf16")
     assert info.float_layers == ("conv_in", "conv_out")
     assert (info.resolution, info.vae_scale) == (16, 2)  # latents of 8 x 8, and an autoencoder that halves once
     assert info.components["unet"] == "UNet2DConditionModel" and info.components["scheduler"] == "DDIMScheduler"
-    files = {file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file()}
+    files = {file.relative_to(small_made).as_posix() for file in small_made.rglob("*") if file.is_file()}
     assert files == info.files.keys() | {"recipe.json"}
     assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".txt"}
-    assert info.files["unet/config.json"] == hashlib.sha256((made / "unet" / "config.json").read_bytes()).hexdigest()
+    assert info.files["unet/config.json"] == hashlib.sha256((small_made / "unet" / "config.json").read_bytes()).hexdigest()
 
 
-def test_what_is_quantised_and_what_stays_in_float(source, made):
-    layers = json.loads((made / "unet" / LAYERS).read_text())
+def test_what_is_quantised_and_what_stays_in_float(small_source, small_made):
+    layers = json.loads((small_made / "unet" / LAYERS).read_text())
     assert "conv_in" not in layers and "conv_out" not in layers
     assert layers["mid_block.resnets.0.conv1"]["weights"] == layers["mid_block.attentions.0.proj_in"]["weights"] == "qint4"
-    stored = load_file(made / "unet" / WEIGHTS)
-    whole = load_file(source / "unet" / "diffusion_pytorch_model.safetensors")
+    stored = load_file(small_made / "unet" / WEIGHTS)
+    whole = load_file(small_source / "unet" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(stored["conv_in.weight"], whole["conv_in.weight"].bfloat16())
-    text = json.loads((made / "text_encoder" / LAYERS).read_text())
+    text = json.loads((small_made / "text_encoder" / LAYERS).read_text())
     assert len(text) == 12  # 2 layers with q, k, v, out and two of the perceptron
-    assert not (made / "vae" / LAYERS).exists()
+    assert not (small_made / "vae" / LAYERS).exists()
 
 
-def test_fewer_bits_take_less_space(source, made, tmp_path):
+def test_fewer_bits_take_less_space(small_source, small_made, tmp_path):
     for weights in ("8bit", "none"):
-        quantize_pipeline(str(source), tmp_path / weights, weights=weights)
-    sizes = [size_of(folder / "unet") for folder in (made, tmp_path / "8bit", tmp_path / "none")]
-    num = read_pipeline_info(made).num_parameters["unet"]
+        quantize_pipeline(str(small_source), tmp_path / weights, weights=weights)
+    sizes = [size_of(folder / "unet") for folder in (small_made, tmp_path / "8bit", tmp_path / "none")]
+    num = read_pipeline_info(small_made).num_parameters["unet"]
     # per weight: 4 bits and its share of the scales, 8 bits, 16 bits
     assert 0.5 * num < sizes[0] < 0.75 * num < sizes[1] < 1.25 * num < 2 * num < sizes[2] < 2.1 * num
     exact = load(tmp_path / "none").generate(LABELS, SEEDS).float()
-    distances = [(load(f).generate(LABELS, SEEDS) - exact).abs().mean() for f in (tmp_path / "8bit", made)]
+    distances = [(load(f).generate(LABELS, SEEDS) - exact).abs().mean() for f in (tmp_path / "8bit", small_made)]
     assert 0 < distances[0] < distances[1]
 
 
-def test_the_tiny_decoder_replaces_the_autoencoder(source, tmp_path):
+def test_the_tiny_decoder_replaces_the_autoencoder(small_source, tmp_path):
     tiny_decoder = save_tiny_decoder(tmp_path / "decoder")
-    info = quantize_pipeline(str(source), tmp_path / "sd", tiny_decoder=str(tiny_decoder))
+    info = quantize_pipeline(str(small_source), tmp_path / "sd", tiny_decoder=str(tiny_decoder))
     assert info.components["vae"] == "AutoencoderTiny" and info.tiny_decoder == str(tiny_decoder)
     assert load(tmp_path / "sd").generate([1], [2]).shape == (1, 1, 8, 8)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
-def test_two_fresh_processes_without_compiler_make_the_same_images(source, made, tmp_path, dtype):
-    folder = made if dtype == "bf16" else tmp_path / "fp32"
+@pytest.mark.slow  # three processes import two large libraries
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_two_fresh_processes_without_compiler_make_the_same_images(small_source, small_made, tmp_path, dtype):
+    folder = small_made if dtype == "bf16" else tmp_path / "fp32"
     if dtype == "fp32":
-        quantize_pipeline(str(source), folder, dtype="fp32")
+        quantize_pipeline(str(small_source), folder, dtype="fp32")
     script = (
         "import sys, hashlib, torch; torch.set_num_threads(int(sys.argv[2])); sys.path.insert(0, sys.argv[3]);"
         "import small_pipelines as t, test_text_to_image as u; g = t.load(sys.argv[1]);"
@@ -156,8 +145,8 @@ def test_threads_may_share_a_generator(generator):
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_colours_and_the_size_of_the_data_set(made):
-    config, parts = configure(made)
+def test_colours_and_the_size_of_the_data_set(small_made):
+    config, parts = configure(small_made)
     parts = dataclasses.replace(parts, image_size=12, info=dataclasses.replace(parts.info, channels=3))
     images = load_generator(config, parts).generate([1], [2])
     assert images.shape == (1, 3, 12, 12) and not torch.equal(images[:, 0], images[:, 1])
@@ -187,10 +176,10 @@ def test_guidance_one_makes_no_second_evaluation(generator, monkeypatch):
     assert calls == [4, 4, 8, 8]  # whole batches of 4; with guidance, with and without the text
 
 
-def test_the_fingerprint_covers_what_decides_the_pixels(generator, made):
+def test_the_fingerprint_covers_what_decides_the_pixels(generator, small_made):
     changes = [{}, {"steps": 3}, {"guidance": 1.5}, {"batch_size": 5}, {"scheduler": "euler"}, {"resolution": 24}]
     prints = [like(generator, **change).fingerprint for change in changes]
-    prints.append(load(made, generator__prompt="{name}").fingerprint)
+    prints.append(load(small_made, generator__prompt="{name}").fingerprint)
     other = dataclasses.replace(generator.info, files={**generator.info.files, "unet/config.json": "0" * 64})
     settings = (generator._target, generator._settings)
     prints.append(
@@ -198,7 +187,7 @@ def test_the_fingerprint_covers_what_decides_the_pixels(generator, made):
     )
     assert len(set(prints)) == len(prints)
     elsewhere = like(generator, strength=0.7)
-    assert elsewhere.fingerprint == prints[0] == load(made).fingerprint
+    assert elsewhere.fingerprint == prints[0] == load(small_made).fingerprint
     assert elsewhere.image_fingerprint != generator.image_fingerprint
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import quick
-from small_pipelines import load, save_small_pipeline
+from small_pipelines import load
 
 from fbl_flower.balancing.filling import fill, fill_seeds
 from fbl_flower.balancing.own_images import FromOwnImages
@@ -18,21 +18,13 @@ from fbl_flower.data.examples import Examples
 from fbl_flower.errors import GeneratorError
 from fbl_flower.federation.local import run_local
 from fbl_flower.generation.cache import ImageCache
-from fbl_flower.generation.pipeline_store import quantize_pipeline
 from fbl_flower.generation.text_to_image import TextToImageGenerator
 from fbl_flower.seeding import derive, numpy_stream
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    quantize_pipeline(str(save_small_pipeline(folder / "source")), folder / "sd")
-    return folder / "sd"
-
-
-@pytest.fixture(scope="module")
-def generator(made) -> TextToImageGenerator:
-    return load(made, generator__image_to_image=True, generator__strength=0.5)
+def generator(small_made) -> TextToImageGenerator:
+    return load(small_made, generator__image_to_image=True, generator__strength=0.5)
 
 
 class Echo:
@@ -119,10 +111,10 @@ def test_an_image_made_from_an_image(generator):
         generator.generate_from([1], [2], sources)
 
 
-def test_a_small_strength_still_makes_one_step(made):
+def test_a_small_strength_still_makes_one_step(small_made):
     """Two steps at strength 0.1 are no step at all; of ten, the pipeline makes the last."""
-    generator = load(made, generator__image_to_image=True, generator__strength=0.1)
-    assert (generator._image_steps, load(made, generator__strength=1.0)._image_steps) == (10, 2)
+    generator = load(small_made, generator__image_to_image=True, generator__strength=0.1)
+    assert (generator._image_steps, load(small_made, generator__strength=1.0)._image_steps) == (10, 2)
     assert generator.generate_from([1], [2], torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).shape == (1, 1, 8, 8)
 
 
@@ -134,9 +126,9 @@ def federation(tmp_path: Path, made: Path, **more) -> dict:
 
 
 @pytest.mark.parametrize("image_to_image", [False, True])
-def test_a_federation_whose_clients_fill_from_text(tmp_path, made, image_to_image):
+def test_a_federation_whose_clients_fill_from_text(tmp_path, small_made, image_to_image):
     outcomes = [
-        run_local(federation(tmp_path / str(workers), made, generator__image_to_image=image_to_image), workers=workers)
+        run_local(federation(tmp_path / str(workers), small_made, generator__image_to_image=image_to_image), workers=workers)
         for workers in (1, 2)
     ]
     lines = [(Path(outcome.run_dir) / "metrics.jsonl").read_text().splitlines() for outcome in outcomes]

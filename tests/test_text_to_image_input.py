@@ -15,12 +15,13 @@ import pytest
 import torch
 from helpers import quick
 from safetensors.torch import load_file, save_file
-from small_pipelines import configure, save_index, save_small_pipeline, save_tiny_decoder
+from small_pipelines import configure, save_index, save_tiny_decoder
 
 from fbl_flower.cli import main
 from fbl_flower.config import parse_config
 from fbl_flower.data.datasets import DATASETS
 from fbl_flower.errors import ConfigError, GeneratorError
+from fbl_flower.generation import pipeline_store
 from fbl_flower.generation.components import FLOAT_WEIGHTS
 from fbl_flower.generation.loading import bundled_generator, check_generator, load_generator
 from fbl_flower.generation.pipeline_store import quantize_pipeline
@@ -29,26 +30,14 @@ from fbl_flower.generation.quantization import LAYERS, WEIGHTS
 from fbl_flower.generation.recipe import file_sha256
 
 
-@pytest.fixture(scope="module")
-def whole_source(tmp_path_factory) -> Path:
-    return save_small_pipeline(tmp_path_factory.mktemp("source"))
-
-
-@pytest.fixture(scope="module")
-def made(whole_source, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("made") / "sd"
-    quantize_pipeline(str(whole_source), folder)
-    return folder
+@pytest.fixture
+def source(small_source, tmp_path) -> Path:
+    return shutil.copytree(small_source, tmp_path / "source")
 
 
 @pytest.fixture
-def source(whole_source, tmp_path) -> Path:
-    return shutil.copytree(whole_source, tmp_path / "source")
-
-
-@pytest.fixture
-def folder(made, tmp_path) -> Path:
-    return shutil.copytree(made, tmp_path / "copy")
+def folder(small_made, tmp_path) -> Path:
+    return shutil.copytree(small_made, tmp_path / "copy")
 
 
 def refused(config, parts, *messages: str) -> None:
@@ -71,11 +60,11 @@ def reseal(folder: Path, name: str) -> None:
 # --- loading
 
 
-def test_the_wrong_kind_of_folder(folder, whole_source, tmp_path):
+def test_the_wrong_kind_of_folder(folder, small_source, tmp_path):
     refused(*configure(tmp_path / "gone"), f"no folder at {tmp_path / 'gone'}", "fbl-flower generator quantize SOURCE")
     (tmp_path / "empty").mkdir()
     refused(*configure(tmp_path / "empty"), f"{tmp_path / 'empty'} holds no recipe.json")
-    refused(*configure(whole_source), f"{whole_source} is a pipeline in full precision", "generator quantize")
+    refused(*configure(small_source), f"{small_source} is a pipeline in full precision", "generator quantize")
     bundled = bundled_generator("digits", 8)
     refused(*configure(bundled), f"{bundled} is a class-conditional generator", 'generator.name = "diffusion"')
     refused(*configure(folder, generator__name="diffusion"), f"{folder} is of the kind text-to-image; set generator.name")
@@ -248,18 +237,50 @@ def test_a_full_disk(tmp_path, source, weights):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_hub_name_without_network(tmp_path):
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HF_HUB_OFFLINE": "0",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    command = [sys.executable, "-m", "fbl_flower.cli", "generator", "quantize", "somebody/some-model", str(tmp_path / "sd")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+def run_command(*arguments: Path | str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `fbl-flower generator quantize` in a process of its own: the hub's client reads its environment once, at import."""
+    command = [sys.executable, "-m", "fbl_flower.cli", "generator", "quantize", *map(str, arguments), "--threads", "1"]
+    whole = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    return subprocess.run(command, env=whole, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_hub_name_without_network(tmp_path, offline):
+    done = run_command("somebody/some-model", tmp_path / "sd", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE=offline)
     assert done.returncode == 2
     assert "somebody/some-model cannot be read from the hub" in done.stderr and "give the local directory" in done.stderr
     assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_hub_name_is_read_at_one_commit(tmp_path, small_source):
+    """The hub's cache on disk, laid out by hand, stands for the hub."""
+    commit, model = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub" / "models--somebody--small"
+    shutil.copytree(small_source, model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    for revision in ([], ["--revision", commit]):
+        out = tmp_path / f"sd{len(revision)}"
+        done = run_command("somebody/small", out, *revision, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+        recipe = json.loads((out / "recipe.json").read_text())
+        assert (recipe["source"], recipe["revision"]) == ("somebody/small", commit)
+
+
+@pytest.mark.parametrize("component", ["tokenizer", "unet"])
+def test_an_interruption_leaves_nothing(tmp_path, source, monkeypatch, component):
+    read = pipeline_store.read_source
+
+    def interrupted(source, name, *rest, **more):
+        if name == component:
+            raise KeyboardInterrupt
+        return read(source, name, *rest, **more)
+
+    monkeypatch.setattr(pipeline_store, "read_source", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_pipeline(str(source), tmp_path / "sd")
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
 def test_the_command(tmp_path, source, capsys):

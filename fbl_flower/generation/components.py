@@ -96,8 +96,8 @@ def save_component(model: Any, folder: Path, *, weights: str = "none", float_lay
         model.config.to_json_file(folder / _CONFIG)
 
 
-def load_component(class_name: str, folder: Path, *, weights: str = "none", device: str = "cpu") -> nn.Module:
-    """Load what `save_component` wrote; the float weights of a quantised model are never allocated.
+def load_component(class_name: str, folder: Path, *, weights: str = "none") -> nn.Module:
+    """Load what `save_component` wrote, on the CPU; the float weights of a quantised model are never allocated.
 
     Raises:
         GeneratorError: A file is missing or damaged, or belongs to another network.
@@ -114,7 +114,7 @@ def load_component(class_name: str, folder: Path, *, weights: str = "none", devi
         model: nn.Module = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
         return model
 
-    return (_load_float if weights == "none" else load_quantized)(_guarded(build, folder), folder, device=device)
+    return (_load_float if weights == "none" else load_quantized)(_guarded(build, folder), folder)
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -122,14 +122,14 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _load_float(build: Callable[[], nn.Module], folder: Path, *, device: str) -> nn.Module:
+def _load_float(build: Callable[[], nn.Module], folder: Path) -> nn.Module:
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = folder / FLOAT_WEIGHTS
     try:
-        state = load_file(file, device=device)
+        state = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise GeneratorError(f"generator: {file} cannot be read ({error}); copy or make the generator again") from error
     with init_empty_weights(include_buffers=False):  # buffers that no file holds must be real
@@ -140,7 +140,7 @@ def _load_float(build: Callable[[], nn.Module], folder: Path, *, device: str) ->
         raise GeneratorError(
             f"generator: {file} does not fit the network beside it ({_short(error)}); copy or make the generator again"
         ) from error
-    return nn.Module.to(model, torch.device(device)).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def _guarded(build: Callable[[], nn.Module], folder: Path) -> Callable[[], nn.Module]:

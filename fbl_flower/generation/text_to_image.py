@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fbl_flower.config import GeneratorConfig
 from fbl_flower.device import return_freed_memory
@@ -106,7 +107,8 @@ class TextToImageGenerator:
     def load(cls, folder: Path, settings: GeneratorConfig, target: Target, *, device: str = "cpu") -> TextToImageGenerator:
         """Load a generator's folder, with every file's sum verified.
 
-        Models of up to 50 million weights are turned into float ones once; larger ones stay quantised in memory.
+        On a CPU, models of more than 50 million weights stay quantised in memory; all others become float ones with the same
+        values, once.
 
         Args:
             folder: As `quantize_pipeline` writes it.
@@ -125,12 +127,13 @@ class TextToImageGenerator:
         for name in ("vae", "text_encoder", "unet"):
             weights = "none" if name == "vae" else info.weights
             try:
-                model = load_component(info.components[name], folder / name, weights=weights, device=device)
+                model = load_component(info.components[name], folder / name, weights=weights)
             except GeneratorError as error:
                 raise GeneratorError(f"{error}{_other_versions(info)}") from error
-            if weights != "none" and num_parameters(model) <= _SMALL:
+            # On an accelerator quanto's packed weights need kernels that it compiles at first use; floats need none.
+            if weights != "none" and (num_parameters(model) <= _SMALL or device != "cpu"):
                 dequantize_(model)
-            components[name] = model
+            components[name] = nn.Module.to(model, torch.device(device))
         return_freed_memory()
         return cls(components, own_scheduler, info, target, settings, device=device)
 
