@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from small_pipelines import save_index, save_scheduler, save_tokenizer
 
+from fbl_flower.device import return_freed_memory
+
 pytestmark = pytest.mark.slow
 
 _UNET = {
@@ -92,6 +94,7 @@ def write_source(folder: Path) -> None:
 
 def test_stable_diffusion_of_real_size_in_four_bits(tmp_path):
     write_source(tmp_path / "source")
+    return_freed_memory()
     made = stage(_QUANTIZE, tmp_path / "source", tmp_path / "sd", tmp_path / "source" / "vae")
     assert made["parameters"]["unet"] == 859_520_964  # as published
     num_bytes = sum(file.stat().st_size for file in (tmp_path / "sd").rglob("*") if file.is_file())

@@ -97,9 +97,9 @@ def quantize_pipeline(
             return_freed_memory()
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         info = PipelineInfo(
-            source=source,
+            source=_public_name(source),
             revision=commit or "",
-            tiny_decoder=tiny_decoder,
+            tiny_decoder=_public_name(tiny_decoder),
             components=classes,
             dtype=dtype,
             weights=weights,
@@ -162,6 +162,11 @@ def _local(source: str) -> str:
     if source and (path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise GeneratorError(f"quantize: no directory at {source}; give a directory, or a name on the hub such as owner/model")
     return source
+
+
+def _public_name(source: str) -> str:
+    """Return what the folder may tell its readers: of a directory its name, for its path says more than they need."""
+    return Path(source).resolve().name if source and Path(source).is_dir() else source
 
 
 def _read_index(source: str, revision: str | None) -> tuple[dict[str, str], str | None]:

@@ -36,9 +36,9 @@ class PipelineInfo:
     """The contents of `recipe.json`.
 
     Attributes:
-        source: The pipeline that it was made from: a name on the hub, or a directory.
+        source: The pipeline that it was made from: a name on the hub, or the last part of a directory's path.
         revision: Commit on the hub; empty for a directory.
-        tiny_decoder: Source of the small autoencoder in place of the pipeline's own; empty: its own.
+        tiny_decoder: The same of the small autoencoder in place of the pipeline's own; empty: its own.
         components: Class of each component.
         dtype: Type of what is not quantised, and of the computation: bf16 or fp32.
         weights: 4bit, 8bit or none, of UNet and text encoder.
