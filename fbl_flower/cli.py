@@ -89,7 +89,13 @@ def _config(_: argparse.Namespace) -> None:
 def _generator(options: argparse.Namespace) -> None:
     from fbl_flower.commands import generator as generator_commands
 
-    (generator_commands.train if options.action == "train" else generator_commands.quality)(options)
+    match options.action:
+        case "train":
+            generator_commands.train(options)
+        case "quantize":
+            generator_commands.quantize(options)
+        case _:
+            generator_commands.quality(options)
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -148,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", help="print every setting as a Markdown table")
     config.set_defaults(handler=_config)
 
-    generator = commands.add_parser("generator", help="train a generator on the public part, or measure one")
+    generator = commands.add_parser(
+        "generator", help="train a generator on the public part, quantise a pretrained one, or measure one"
+    )
     actions = generator.add_subparsers(required=True, metavar="ACTION", dest="action")
     train = actions.add_parser("train", help="train one and write its folder")
     train.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: ./DATA-SIZEpx)")
@@ -167,6 +175,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="steps between checkpoints, in DIR.training (default: 100)",
     )
+    quantize = actions.add_parser("quantize", help="make a text-to-image generator of a Stable Diffusion pipeline")
+    quantize.add_argument("source", metavar="SOURCE", help="name on the hub, or directory of a pipeline")
+    quantize.add_argument("dest", type=Path, metavar="DEST", help="folder to make, for generator.path")
+    quantize.add_argument("--weights", choices=("4bit", "8bit", "none"), default="4bit", help="of UNet and text encoder")
+    quantize.add_argument(
+        "--tiny-decoder", default="", metavar="SOURCE2", help="an AutoencoderTiny to store instead of the full autoencoder"
+    )
+    quantize.add_argument("--revision", metavar="R", help="commit, branch or tag of SOURCE on the hub")
+    quantize.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of what is not quantised")
+    quantize.add_argument("--threads", type=int, default=num_cores(), help="torch's threads (default: all cores)")
+    quantize.set_defaults(handler=_generator)
     quality = actions.add_parser("quality", help="accuracy, diversity, and distance to the training images, as a table")
     quality.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="the generator (default: the bundled one)")
     quality.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="such as 0,1,2")

@@ -118,14 +118,33 @@ class GeneratorConfig:
 
     name: str = option(
         "diffusion",
-        "class-conditional 4-bit diffusion, or real public images in its place",
-        choices=("diffusion", "public-images"),
+        "class-conditional 4-bit diffusion, a quantised Stable Diffusion, or real public images in their place",
+        choices=("diffusion", "text-to-image", "public-images"),
     )
-    path: str = option("", "directory of a trained generator; empty: the one that comes with the data set")
+    path: str = option(
+        "", "directory of a generator; empty: the one that comes with the data set; text-to-image always needs a directory"
+    )
     trained_on: str = option("", "data set that the generator was trained on; empty: the federation's own")
     steps: int = option(4, "denoising steps per image", low=1, high=1000)
     guidance: float = option(2.0, "classifier-free guidance; 1: none", low=1.0, high=20.0)
     batch_size: int = option(32, "images generated together", low=1)
+    resolution: int = option(
+        0, "text-to-image: height and width that the model makes, a multiple of 8; 0: what it was trained for", low=0, high=2048
+    )
+    scheduler: str = option(
+        "auto",
+        "text-to-image: how noise becomes an image; auto: the model's own way",
+        choices=("auto", "dpm++", "unipc", "lcm", "euler", "euler-ancestral", "ddim"),
+    )
+    prompt: str = option(
+        "", "text-to-image: prompt with {name} for the class, several separated by ' | '; empty: the data set's own"
+    )
+    image_to_image: bool = option(
+        False, "text-to-image: start scarce classes from the client's own images; the results stay on the client"
+    )
+    strength: float = option(
+        0.3, "text-to-image: how far such a start is turned to noise; small stays close to it", low=0.01, high=1.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +251,7 @@ def flatten(config: RunConfig) -> dict[str, Value]:
 
 def _conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
     """Name the settings that are fine alone and wrong together, each problem with the keys that it is about."""
-    d, b = config.data, config.balancing
+    d, b, g = config.data, config.balancing, config.generator
     found: list[tuple[tuple[str, ...], str]] = []
     if d.name in (*_OWN, "tiny-imagenet") and not d.path:
         text = f"data.path: empty; the data set {d.name!r} needs the path of its images (see docs/data.md)"
@@ -254,6 +273,14 @@ def _conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
     if b.average_embeddings and not b.alignment:
         text = "balancing.average-embeddings: true, but balancing.alignment is false: there are no vectors to average"
         found.append((("balancing.average-embeddings", "balancing.alignment"), text))
+    if g.name == "text-to-image" and not g.path:
+        text = "generator.path: empty; text-to-image needs the directory that `fbl-flower generator quantize` made"
+        found.append((("generator.name", "generator.path"), text))
+    if g.resolution % 8:
+        found.append((("generator.resolution",), f"generator.resolution: got {g.resolution}; allowed: 0, or a multiple of 8"))
+    if g.image_to_image and g.name != "text-to-image":
+        text = f"generator.image-to-image: true, but generator.name is {g.name!r}; only text-to-image can start from images"
+        found.append((("generator.image-to-image", "generator.name"), text))
     return found
 
 

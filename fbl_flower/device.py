@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 
 import torch
 from torch import nn
@@ -58,3 +59,13 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc takes
     mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+def return_freed_memory() -> None:
+    """Give the memory that this process has freed back to the system: after loading a large model, most of what is held is unused.
+
+    It is a call of glibc; with another C library only Python's own garbage is collected.
+    """
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

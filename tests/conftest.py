@@ -63,6 +63,24 @@ def flower_environment(tmp_path: Path) -> Iterator[dict[str, str]]:
         _end_processes_of(home)
 
 
+@pytest.fixture(scope="session")
+def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the directory of a small Stable Diffusion pipeline with random weights; nobody may change it."""
+    from small_pipelines import save_small_pipeline
+
+    return save_small_pipeline(tmp_path_factory.mktemp("small-source"))
+
+
+@pytest.fixture(scope="session")
+def small_made(small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the text-to-image generator that was made of it, in 4 bits; nobody may change it."""
+    from fbl_flower.generation.pipeline_store import quantize_pipeline
+
+    folder = tmp_path_factory.mktemp("small-made") / "sd"
+    quantize_pipeline(str(small_source), folder)
+    return folder
+
+
 def free_port() -> int:
     """Return a TCP port of this machine that nothing listens on."""
     with socket.socket() as server:

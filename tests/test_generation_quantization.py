@@ -107,13 +107,22 @@ def test_a_truncated_file_is_refused(stored, keep):
         load_quantized(network, folder)
 
 
-@pytest.mark.parametrize("dropped", ["linear.bias", "conv.weight._data._data", "conv_in.weight"])
+@pytest.mark.parametrize(
+    "dropped", ["linear.bias", "conv.weight._data._data", "conv.weight._scale", "linear.weight._shift", "conv_in.weight"]
+)
 def test_a_file_without_a_tensor_is_refused(stored, dropped):
     _, folder = stored
     state = load_file(folder / WEIGHTS)
     assert dropped in state
     save_file({name: tensor for name, tensor in state.items() if name != dropped}, folder / WEIGHTS)
     with pytest.raises(GeneratorError, match=f"{WEIGHTS} does not fit the network"):
+        load_quantized(network, folder)
+
+
+def test_a_file_with_one_tensor_more_is_refused(stored):
+    _, folder = stored
+    save_file(load_file(folder / WEIGHTS) | {"linear.weight_of_another": torch.zeros(1)}, folder / WEIGHTS)
+    with pytest.raises(GeneratorError, match=f"{WEIGHTS} does not fit the network.*linear.weight_of_another"):
         load_quantized(network, folder)
 
 

@@ -1,4 +1,4 @@
-"""`fbl-flower generator train` and `fbl-flower generator quality`."""
+"""`fbl-flower generator`: train, quantize, quality."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fbl_flower.data.examples import Examples
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError
 from fbl_flower.generation.loading import generator_folder, load_generator
+from fbl_flower.generation.pipeline_store import quantize_pipeline
 from fbl_flower.generation.quality import Classifier, measure_quality
 from fbl_flower.generation.recipe import TrainingRecipe
 from fbl_flower.generation.training import train_generator
@@ -83,10 +84,36 @@ def quality(options: argparse.Namespace) -> None:
         train_classifier=train_classifier,
         seeds=options.seeds,
         evaluate_on=options.evaluate_on,
-        num_bytes=sum(file.stat().st_size for file in folder.iterdir()) if config.generator.name == "diffusion" else None,
+        num_bytes=_size(folder) if config.generator.name != "public-images" else None,
     )
     print(measured.as_markdown())
     print(f"\nmeasured in {time.perf_counter() - start:.0f} s")
+
+
+def quantize(options: argparse.Namespace) -> None:
+    """Make a text-to-image generator's folder from a pipeline in full precision."""
+    if options.threads < 1:
+        raise ConfigError([f"--threads: got {options.threads}; allowed: whole number >= 1"])
+    torch.set_num_threads(options.threads)
+    start = time.perf_counter()
+    info = quantize_pipeline(
+        options.source,
+        options.dest,
+        weights=options.weights,
+        tiny_decoder=options.tiny_decoder,
+        revision=options.revision,
+        dtype=options.dtype,
+        progress=lambda line: print(line, flush=True),
+    )
+    num, size = sum(info.num_parameters.values()), _size(options.dest.expanduser())
+    print(
+        f"{options.dest}: {num / 1e6:.1f} M weights in {size / 1e6:.1f} MB, {size / (4 * num):.2f} of their size in 32 bits; "
+        f"images of {info.resolution} pixels; made in {time.perf_counter() - start:.0f} s"
+    )
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def configuration_of(options: argparse.Namespace, *, folder: Path | None = None) -> RunConfig:

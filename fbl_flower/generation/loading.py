@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.resources
+import math
 from pathlib import Path
 
 from fbl_flower.config import RunConfig
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.device import pick_device
 from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.prompts import make_prompts
 from fbl_flower.generation.protocol import ImageGenerator
 from fbl_flower.generation.public import PublicImages
 from fbl_flower.generation.recipe import RECIPE, check_files, read_info
+from fbl_flower.generation.text_to_image_recipe import check_pipeline_files, read_pipeline_info
 
 
 def bundled_generator(data_name: str, image_size: int) -> Path:
@@ -49,6 +52,8 @@ def check_generator(config: RunConfig, parts: DataParts) -> list[str]:
         counts = parts.public.counts(parts.info.num_classes).tolist()
         lacking = [name for name, count in zip(parts.info.class_names, counts, strict=True) if not count]
         return [f"public-images: no public image of {', '.join(lacking)}; use more (data.num-public)"] if lacking else []
+    if config.generator.name == "text-to-image":
+        return _check_text_to_image(config, parts)
     try:
         folder = generator_folder(config, parts)
     except GeneratorError as error:
@@ -103,6 +108,12 @@ def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
     chosen = config.generator
     if chosen.name == "public-images":
         return PublicImages(parts, batch_size=chosen.batch_size)
+    if chosen.name == "text-to-image":
+        from fbl_flower.generation.text_to_image import Target, TextToImageGenerator
+
+        prompts = make_prompts(parts.info.name, parts.info.class_names, chosen.prompt)
+        target = Target(prompts=prompts, image_size=parts.image_size, channels=parts.info.channels)
+        return TextToImageGenerator.load(generator_folder(config, parts), chosen, target, device=pick_device(config).type)
     from fbl_flower.generation.diffusion import DiffusionGenerator
 
     return DiffusionGenerator.load(
@@ -112,6 +123,33 @@ def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
         batch_size=chosen.batch_size,
         device=pick_device(config).type,
     )
+
+
+def _check_text_to_image(config: RunConfig, parts: DataParts) -> list[str]:
+    chosen, problems = config.generator, []
+    try:
+        make_prompts(parts.info.name, parts.info.class_names, chosen.prompt)
+    except GeneratorError as error:
+        problems.append(str(error))
+    if not chosen.path:
+        return [*problems, "generator.path: empty; text-to-image needs the directory that `fbl-flower generator quantize` made"]
+    folder = generator_folder(config, parts)
+    try:
+        info = read_pipeline_info(folder)
+    except GeneratorError as error:
+        return [*problems, str(error)]
+    problems += check_pipeline_files(folder, info)
+    resolution = chosen.resolution or info.resolution
+    if resolution % 8 or resolution % info.vae_scale:
+        problems.append(
+            f"generator.resolution: got {resolution}; the model of {folder} needs a multiple of {math.lcm(8, info.vae_scale)}"
+        )
+    if resolution < parts.image_size:
+        problems.append(
+            f"generator.resolution: images of {resolution} pixels are smaller than the data set's {parts.image_size}; "
+            "raise it, or lower data.image-size"
+        )
+    return problems
 
 
 def _trained_on(config: RunConfig) -> str:

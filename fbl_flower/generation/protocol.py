@@ -36,6 +36,25 @@ class ImageGenerator(Protocol):
         ...
 
 
+class ImageToImage(ImageGenerator, Protocol):
+    """A generator that can also start from images instead of noise.
+
+    Attributes:
+        image_fingerprint: As `fingerprint`, of everything but the starting image that decides the pixels of `generate_from`.
+    """
+
+    @property
+    def image_fingerprint(self) -> str: ...
+
+    def generate_from(self, labels: Sequence[int], seeds: Sequence[int], images: torch.Tensor) -> torch.Tensor:
+        """Return uint8 [M, C, H, W], a variation of each of `images` (uint8, the same shape) as its label and seed have it.
+
+        Raises:
+            GeneratorError: As `generate`.
+        """
+        ...
+
+
 def check_request(labels: Sequence[int], seeds: Sequence[int], *, num_classes: int) -> None:
     """Refuse what no generator can make; raises as `ImageGenerator.generate` does."""
     if len(labels) != len(seeds):

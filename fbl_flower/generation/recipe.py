@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fbl_flower.errors import GeneratorError
 
@@ -135,24 +135,35 @@ def read_info(folder: Path) -> GeneratorInfo:
     if not file.is_file():
         raise GeneratorError(f"generator: {folder} holds no {RECIPE}; it is not a generator's folder; correct generator.path")
     try:
-        return _parse(json.loads(file.read_text(encoding="utf-8")))
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict) or "kind" not in raw:
+            return _parse(raw)
     except (ValueError, TypeError, KeyError, AttributeError, GeneratorError) as error:
         raise GeneratorError(
             f"generator: {file} is damaged ({type(error).__name__}: {error}); copy or train the generator again"
         ) from error
+    raise GeneratorError(
+        f"generator.path: {folder} is of the kind {raw['kind']}; set generator.name, or correct generator.path"
+    )
 
 
-def check_files(folder: Path, info: GeneratorInfo) -> list[str]:
+class HasFiles(Protocol):
+    """The contents of any kind of `recipe.json`."""
+
+    @property
+    def files(self) -> Mapping[str, str]: ...
+
+
+def check_files(folder: Path, info: HasFiles, *, way_out: str = "copy or train the generator again") -> list[str]:
     """Compare every file with the sum in `info`; return a sentence for each that is missing or changed."""
     problems = []
     for name, wanted in info.files.items():
         file = folder / name
         if not file.is_file():
-            problems.append(f"generator: {file} is missing; copy or train the generator again")
+            problems.append(f"generator: {file} is missing; {way_out}")
         elif (got := file_sha256(file)) != wanted:
             problems.append(
-                f"generator: {file} is damaged: its sha256 is {got[:12]}..., {RECIPE} says {wanted[:12]}...; "
-                "copy or train the generator again"
+                f"generator: {file} is damaged: its sha256 is {got[:12]}..., {RECIPE} says {wanted[:12]}...; {way_out}"
             )
     return problems
 

@@ -77,6 +77,7 @@ def prepare_client(
             ImageCache(cache_folder),
             seed=config.seed,
             client=client,
+            own=real if config.generator.image_to_image else None,
             progress=progress,
         )
     return ClientData(

@@ -1,0 +1,105 @@
+"""From a class to the text that a text-to-image model reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fbl_flower.errors import GeneratorError
+from fbl_flower.seeding import derive
+
+_FIELD = "{name}"
+_SEPARATOR = " | "
+
+# Simple and varied, after the prompts that CLIP was evaluated with (Radford et al., arXiv 2103.00020).
+_PHOTO = (
+    "a photo of a {name}", "a close-up photo of a {name}", "a bright photo of a {name}", "a cropped photo of a {name}",
+    "a photo of a small {name}", "a photo of a large {name}", "a photo of one {name}", "a good photo of a {name}",
+)  # fmt: skip
+_SATELLITE = ("a centered satellite photo of {name}", "a satellite view of {name}", "an aerial image of {name} seen from above")
+_DIGIT = (
+    "a handwritten digit {name}, white on black", "the number {name} written by hand, white ink on a black background",
+    "a scan of a handwritten {name}, white on black",
+)  # fmt: skip
+_FASHION = (
+    "a grey product photo of a {name} on a black background", "a black and white photo of a {name}, dark background",
+    "a {name} laid flat, monochrome product photo",
+)  # fmt: skip
+
+_TEMPLATES = {
+    "mnist5k": _DIGIT, "mnist": _DIGIT, "digits": _DIGIT, "eurosat": _SATELLITE, "fashion-mnist": _FASHION,
+    "cifar10": _PHOTO, "tiny-imagenet": _PHOTO,
+}  # fmt: skip
+
+# What a class is called in a prompt where its own name is short, ambiguous, or no English; other names are taken as they are.
+_NAMES: Mapping[str, Mapping[str, str]] = {
+    "cifar10": {"automobile": "car", "deer": "deer, animal", "frog": "frog, animal", "truck": "lorry truck"},
+    "eurosat": {
+        "annualcrop": "annual crop land", "forest": "forest", "herbaceousvegetation": "brushland", "highway": "highway or road",
+        "industrial": "industrial buildings", "pasture": "pasture land", "permanentcrop": "permanent crop land",
+        "residential": "residential buildings", "river": "river", "sealake": "sea or lake",
+    },
+    "fashion-mnist": {
+        "tshirttop": "T-shirt", "tshirt": "T-shirt", "trouser": "pair of trousers", "pullover": "pullover sweater",
+        "sandal": "sandal shoe", "bag": "handbag",
+    },
+    "tiny-imagenet": {"crane": "construction crane", "drumstick": "drumstick for a drum", "nail": "metal nail"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """The texts of a data set.
+
+    Attributes:
+        templates: With {name} where the class goes.
+        names: What each class is called, in the order of the labels.
+    """
+
+    templates: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def text(self, label: int, seed: int) -> str:
+        """Return the prompt of an image; its seed chooses the template."""
+        template = self.templates[derive(seed, "prompt") % len(self.templates)]
+        name = self.names[label]
+        if name[:1].lower() in "aeiou":
+            template = re.sub(r"\b([Aa]) \{name\}", r"\1n {name}", template)
+        return template.replace(_FIELD, name)
+
+
+def make_prompts(data_name: str, class_names: Sequence[str], override: str) -> Prompts:
+    """Return the prompts of a data set.
+
+    Args:
+        data_name: Chooses the templates, and the words for classes whose names mislead; "a photo of a {name}" and its like for
+            a data set that is not known here.
+        class_names: In the order of the labels.
+        override: `generator.prompt`: templates with {name}, separated by " | ", in place of the data set's own; or empty.
+
+    Raises:
+        GeneratorError: A template lacks {name}, or a class has no name that a model could read.
+    """
+    templates = tuple(part.strip() for part in override.split(_SEPARATOR)) if override.strip() else ()
+    problems = [
+        f"generator.prompt: got {template!r}; every text between ' | ' needs {_FIELD} where the class goes, and no other braces"
+        for template in templates
+        if _FIELD not in template or set("{}") & set(template.replace(_FIELD, ""))
+    ]
+    numbers_read = bool(templates) or data_name in _TEMPLATES
+    nameless = [
+        label for label, name in enumerate(class_names) if not name.strip() or (name.strip().isdigit() and not numbers_read)
+    ]
+    if nameless or not class_names:
+        problems.append(
+            f"generator.name: text-to-image needs the names of the classes; {data_name} has none for the labels "
+            f"{', '.join(map(str, nameless)) or 'at all'}; name them, use generator.prompt if they are numbers, or another generator"
+        )
+    if problems:
+        raise GeneratorError("\n".join(problems))
+    words = _NAMES.get(data_name, {})
+    return Prompts(
+        templates=templates or _TEMPLATES.get(data_name, _PHOTO),
+        names=tuple(words.get(re.sub(r"[^a-z]", "", name.lower()), name.replace("_", " ").strip()) for name in class_names),
+    )
