@@ -94,6 +94,8 @@ def _generator(options: argparse.Namespace) -> None:
             generator_commands.train(options)
         case "quantize":
             generator_commands.quantize(options)
+        case "gallery":
+            generator_commands.draw_gallery(options)
         case _:
             generator_commands.quality(options)
 
@@ -191,6 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="such as 0,1,2")
     quality.add_argument("--evaluate-on", choices=("test", "validation"), default="test", help="the real images that judge")
     quality.add_argument("--epochs", type=int, default=60, help="of the classifiers that measure (default: 60)")
+    pictures = actions.add_parser("gallery", help="real and synthetic images of each class, side by side, as PNG")
+    pictures.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="the generator (default: the bundled one)")
+    pictures.add_argument("--out", type=Path, default=Path("gallery.png"), metavar="FILE.png", help="picture to write")
     bench = commands.add_parser("bench", help="measure what things cost on this machine")
     of_generator = bench.add_subparsers(required=True, metavar="WHAT").add_parser(
         "generator", help="seconds and memory to make images, beside one epoch of local training"
@@ -199,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     of_generator.add_argument("--images", type=int, default=100, metavar="N", help="images to make (default: 100)")
     of_generator.add_argument("--epoch-images", type=int, default=2500, metavar="N", help="images of the epoch (default: 2500)")
     of_generator.add_argument("--out", type=Path, metavar="FILE.json", help="write the measurements there too")
-    for action in (train, quality, of_generator):
+    for action in (train, quality, pictures, of_generator):
         action.add_argument("--data", default="mnist5k", metavar="NAME", help="data set (default: mnist5k)")
         action.add_argument("--data-path", metavar="FILE", help="its file or folder, if it needs one")
         action.add_argument(

@@ -99,6 +99,12 @@ class BalancingConfig:
 
     enabled: bool = option(True, "balance each client's data before it trains")
     filling: bool = option(True, "knowledge filling: generate scarce and missing classes up to the balance point")
+    max_filled_share: float = option(
+        1.0,
+        "largest share of a client's balanced set that may be synthetic; the rest is kept in real images",
+        low=0.0,
+        high=1.0,
+    )
     sampling: str = option(
         "loss", "knowledge sampling: which images of an excessive class stay", choices=("loss", "random", "none")
     )
@@ -127,7 +133,13 @@ class GeneratorConfig:
     trained_on: str = option("", "data set that the generator was trained on; empty: the federation's own")
     steps: int = option(4, "denoising steps per image", low=1, high=1000)
     guidance: float = option(2.0, "classifier-free guidance; 1: none", low=1.0, high=20.0)
-    batch_size: int = option(32, "images generated together", low=1)
+    batch_size: int = option(32, "images generated together; fewer where memory is short", low=1)
+    memory_limit: int = option(0, "MiB for the images that are made together; 0: half of the free memory", low=0)
+    time_budget: float = option(
+        0.0,
+        "seconds that a client may generate at its start; what is missing then is kept in real images; 0: no limit",
+        low=0.0,
+    )
     resolution: int = option(
         0, "text-to-image: height and width that the model makes, a multiple of 8; 0: what it was trained for", low=0, high=2048
     )

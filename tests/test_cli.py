@@ -243,3 +243,11 @@ def test_data_plot_draws_the_partition_of_the_settings(tmp_path: Path, capsys: p
     assert cli.main(["data", "plot", "-c", settings + " data.classes-per-client=11", "--out", str(tmp_path / "no.png")]) == 2
     assert "data.classes-per-client: got 11; the private part has 10 classes" in capsys.readouterr().err
     assert not (tmp_path / "no.png").exists()
+
+
+def test_a_gallery_of_real_and_synthetic_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "pictures" / "gallery.png"
+    assert cli.main(["generator", "gallery", "--data", "digits", "--threads", "1", "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG") and str(out) in capsys.readouterr().out
+    assert cli.main(["generator", "gallery", str(tmp_path / "nowhere"), "--out", str(out)]) == 2
+    assert "no folder at" in capsys.readouterr().err

@@ -105,6 +105,20 @@ def test_nothing_asked_for_is_nothing_made(tmp_path):
         generate_cached(Counting(), ImageCache(tmp_path), [1], [1, 2])
 
 
+def test_after_the_deadline_no_batch_is_begun(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("fbl_flower.generation.cache.time.monotonic", lambda: next(clock))
+    cache, labels, seeds = ImageCache(tmp_path), [0] * 10, list(range(10))
+    generate_cached(Counting(), cache, [0], [9], deadline=50)  # on disk before: it is there although time runs out
+    clock = iter(range(100))
+    result = generate_cached(Counting(), cache, labels, seeds, deadline=1)
+    assert (result.num_generated, result.present.tolist()) == (4, [True] * 4 + [False] * 5 + [True])
+    assert torch.equal(result.images, expected([0] * 5, [0, 1, 2, 3, 9]))
+    assert generate_cached(Counting(), cache, labels, seeds).num_generated == 5
+    nothing = generate_cached(Counting(), ImageCache(tmp_path / "other"), labels, seeds, deadline=-1)
+    assert (tuple(nothing.images.shape), nothing.present.any().item()) == ((0, 2, 3, 5), False)
+
+
 def test_a_kill_loses_one_batch_at_most(tmp_path):
     cache = ImageCache(tmp_path)
     with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -38,6 +40,7 @@ def fill(
     client: int,
     own: Examples | None = None,
     progress: Callable[[int, int], None] | None = None,
+    seconds: float = math.inf,
 ) -> Examples:
     """Return the client's synthetic images, `plan.fill[c]` of each class c, in the order of the classes.
 
@@ -52,47 +55,36 @@ def fill(
         client: Number of the client.
         own: The client's real images, if its generator is to start from them.
         progress: Called with (images generated, images to generate), for each of the two kinds.
+        seconds: After so many, what is left to generate is left out. It is then missing from all classes alike, as they are
+            generated in turn; the batch under way is finished.
 
     Raises:
         GeneratorError: `own` is given, and the generator cannot start from images.
     """
     wanted = fill_seeds(plan, seed=seed, client=client)
-    labels = [label for label, _ in wanted]
-    if own is None or len(own) == 0:
-        images = generate_cached(generator, cache, labels, [s for _, s in wanted], progress=progress).images
-    else:
+    number = [n for missing in plan.fill.tolist() for n in range(missing)]  # of an image within its class
+    in_turn = sorted(range(len(wanted)), key=lambda i: number[i])
+    own_classes = set() if own is None else set(own.labels.tolist())
+    sources: list[tuple[ImageGenerator, list[int]]] = [(generator, [i for i in in_turn if wanted[i][0] not in own_classes])]
+    if own is not None and own_classes:
         if not hasattr(generator, "generate_from"):
             raise GeneratorError(
                 f"generator.image-to-image: {type(generator).__name__} cannot start from images; use text-to-image, or switch it off"
             )
-        images = _fill_both_ways(wanted, cast(ImageToImage, generator), cache, own, progress)
-    return Examples(
-        images=images,
-        labels=torch.tensor(labels, dtype=torch.int64),
-        synthetic=torch.ones(len(labels), dtype=torch.bool),
-    )
-
-
-def _fill_both_ways(
-    wanted: list[tuple[int, int]],
-    generator: ImageToImage,
-    cache: ImageCache,
-    own: Examples,
-    progress: Callable[[int, int], None] | None,
-) -> torch.Tensor:
-    """Return an image for each (label, seed): from an image of `own` where it has that label, else from nothing."""
-    present = set(own.labels.tolist())
-    scarce = torch.tensor([label in present for label, _ in wanted])
-    images = None
-    for source, places in ((FromOwnImages(generator, own), scarce), (generator, ~scarce)):
-        index = torch.nonzero(places).flatten()
-        pairs = [wanted[i] for i in index.tolist()]
-        if not pairs:
-            continue
+        variations = FromOwnImages(cast(ImageToImage, generator), own)
+        sources.append((variations, [i for i in in_turn if wanted[i][0] in own_classes]))
+    deadline = time.monotonic() + seconds
+    images: dict[int, torch.Tensor] = {}
+    for source, places in sources:
+        pairs = [wanted[i] for i in places]
         made = generate_cached(
-            source, cache, [label for label, _ in pairs], [seed for _, seed in pairs], progress=progress
-        ).images
-        images = made.new_empty((len(wanted), *made.shape[1:])) if images is None else images
-        images[index] = made
-    assert images is not None, "a plan that is filled has at least one image to fill"
-    return images
+            source, cache, [c for c, _ in pairs], [s for _, s in pairs], progress=progress, deadline=deadline
+        )
+        there = [i for i, present in zip(places, made.present.tolist(), strict=True) if present]
+        images |= dict(zip(there, made.images, strict=True))
+    order = sorted(images)
+    return Examples(
+        images=torch.stack([images[i] for i in order]) if order else generator.generate([], []),
+        labels=torch.tensor([wanted[i][0] for i in order], dtype=torch.int64),
+        synthetic=torch.ones(len(order), dtype=torch.bool),
+    )

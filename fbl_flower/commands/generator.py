@@ -1,4 +1,4 @@
-"""`fbl-flower generator`: train, quantize, quality."""
+"""`fbl-flower generator`: train, quantize, quality, gallery."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from fbl_flower.generation.pipeline_store import quantize_pipeline
 from fbl_flower.generation.quality import Classifier, measure_quality
 from fbl_flower.generation.recipe import TrainingRecipe
 from fbl_flower.generation.training import train_generator
+from fbl_flower.reporting.pictures import gallery
+from fbl_flower.seeding import derive
 from fbl_flower.training.central import train_centrally
 
+_GALLERY = 8  # images of each class and kind
 _BATCH = 250  # images that a measuring classifier sees at once
 
 
@@ -88,6 +91,20 @@ def quality(options: argparse.Namespace) -> None:
     )
     print(measured.as_markdown())
     print(f"\nmeasured in {time.perf_counter() - start:.0f} s")
+
+
+def draw_gallery(options: argparse.Namespace) -> None:
+    """Draw validation images beside synthetic ones."""
+    config = configuration_of(options, folder=options.folder)
+    parts = load_parts(config.data)
+    torch.set_num_threads(options.threads)
+    names = parts.info.class_names
+    labels = [label for label in range(len(names)) for _ in range(_GALLERY)]
+    seeds = [derive(config.seed, "gallery", place) for place in range(len(labels))]
+    images = load_generator(config, parts).generate(labels, seeds)
+    synthetic = Examples(images=images, labels=torch.tensor(labels), synthetic=torch.ones(len(labels), dtype=torch.bool))
+    gallery(parts.validation, synthetic, names, options.out, per_class=_GALLERY)
+    print(f"{options.out}: real validation images on the left, synthetic ones on the right")
 
 
 def quantize(options: argparse.Namespace) -> None:

@@ -163,4 +163,12 @@ def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Pa
             _log.info("client %d: %d %% of its synthetic images generated", client, 25 * quarter)
             told = quarter
 
-    return prepare_client(config, client, cache_folder=state_dir / "cache", own_folder=own_folder, progress=progress)
+    data = prepare_client(config, client, cache_folder=state_dir / "cache", own_folder=own_folder, progress=progress)
+    if data.unfilled > 0:
+        _log.warning(
+            "client %d: %.0f %% of its synthetic images are missing: generator.time-budget ran out; real ones stay instead, and "
+            "the next start goes on",
+            client,
+            100 * data.unfilled,
+        )
+    return data

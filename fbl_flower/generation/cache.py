@@ -7,9 +7,11 @@ stale. Each image is a file of its own: several processes can write at once, and
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +30,13 @@ class Generated:
     """What `generate_cached` returns.
 
     Attributes:
-        images: uint8 [M, C, H, W].
+        images: uint8 [M, C, H, W], in the order in which they were asked for.
+        present: bool, for each that was asked for: whether it is among them. All are, unless time ran out.
         num_generated: How many of them were not on disk.
     """
 
     images: torch.Tensor
+    present: torch.Tensor
     num_generated: int
 
 
@@ -98,6 +102,7 @@ def generate_cached(
     seeds: Sequence[int],
     *,
     progress: Callable[[int, int], None] | None = None,
+    deadline: float = math.inf,
 ) -> Generated:
     """Return an image for each pair of a label and a seed, from disk where it is there.
 
@@ -106,6 +111,7 @@ def generate_cached(
         cache: Where to look, and to store.
         labels, seeds: Of the same length; a pair that comes twice is made once.
         progress: Is called after each batch with the images made and those to make in this call.
+        deadline: Reading of `time.monotonic()` from which on no batch is begun; what is missing then is left out.
 
     Raises:
         GeneratorError: As `generator.generate`, or the cache's folder cannot be used.
@@ -113,7 +119,7 @@ def generate_cached(
     if len(labels) != len(seeds):
         raise GeneratorError(f"generator: got {len(labels)} labels and {len(seeds)} seeds; wanted a seed for each label")
     if len(labels) == 0:
-        return Generated(images=generator.generate([], []), num_generated=0)
+        return Generated(images=generator.generate([], []), present=torch.ones(0, dtype=torch.bool), num_generated=0)
     pairs = list(zip(labels, seeds, strict=True))
     found: dict[tuple[int, int], torch.Tensor] = {}
     missing: list[tuple[int, int]] = []
@@ -123,15 +129,25 @@ def generate_cached(
             missing.append(pair)
         else:
             found[pair] = image
+    num_generated = 0
     for start in range(0, len(missing), generator.batch_size):
+        if time.monotonic() >= deadline:
+            break
         batch = missing[start : start + generator.batch_size]
         images = generator.generate([label for label, _ in batch], [seed for _, seed in batch])
         for pair, image in zip(batch, images, strict=True):
             cache.put(generator.fingerprint, *pair, image)
             found[pair] = image
+        num_generated += len(batch)
         if progress:
-            progress(start + len(batch), len(missing))
-    return Generated(images=torch.stack([found[pair] for pair in pairs]), num_generated=len(missing))
+            progress(num_generated, len(missing))
+    present = [pair in found for pair in pairs]
+    there = [found[pair] for pair in pairs if pair in found]
+    return Generated(
+        images=torch.stack(there) if there else generator.generate([], []),
+        present=torch.tensor(present),
+        num_generated=num_generated,
+    )
 
 
 def _key(fingerprint: str, label: int, seed: int) -> bytes:

@@ -16,6 +16,7 @@ from torch import nn
 
 from fbl_flower.device import keep_freed_memory
 from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.memory import Batches, activation_bytes, fitting_batch
 from fbl_flower.generation.network import build_network, patch_of, read_network_config
 from fbl_flower.generation.protocol import check_request
 from fbl_flower.generation.quantization import dequantize_, load_quantized
@@ -37,7 +38,15 @@ class DiffusionGenerator:
     """
 
     def __init__(
-        self, network: nn.Module, info: GeneratorInfo, *, steps: int, guidance: float, batch_size: int, device: str
+        self,
+        network: nn.Module,
+        info: GeneratorInfo,
+        *,
+        steps: int,
+        guidance: float,
+        batch_size: int,
+        memory_limit: int = 0,
+        device: str,
     ) -> None:
         self.info = info
         self.batch_size = batch_size
@@ -45,6 +54,7 @@ class DiffusionGenerator:
         self._steps = steps
         self._guidance = guidance
         self._device = torch.device(device)
+        self._batches = Batches(fitting_batch(batch_size, bytes_per_image=self._bytes_per_image(), limit_mb=memory_limit))
         decisive = {
             "files": dict(sorted(info.files.items())),
             "scheduler": ["DPMSolverMultistep", _SCHEDULER],
@@ -58,7 +68,9 @@ class DiffusionGenerator:
         self.fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def load(cls, folder: Path, *, steps: int, guidance: float, batch_size: int, device: str = "cpu") -> DiffusionGenerator:
+    def load(
+        cls, folder: Path, *, steps: int, guidance: float, batch_size: int, memory_limit: int = 0, device: str = "cpu"
+    ) -> DiffusionGenerator:
         """Load a generator's folder, with every file's sum verified.
 
         Args:
@@ -67,6 +79,8 @@ class DiffusionGenerator:
             guidance: Of classifier-free guidance, >= 1; above 1 costs a second evaluation per step, makes images more
                 typical of their class and less diverse.
             batch_size: Images made together, >= 1.
+            memory_limit: MiB for the images that are made together; 0: half of the free memory. Where `batch_size` of them do not fit,
+                fewer are made together, and some of their pixels differ by a grey level.
             device: Where the network runs.
 
         Raises:
@@ -83,22 +97,35 @@ class DiffusionGenerator:
             raise GeneratorError("; ".join(problems))
         config = read_network_config(folder)
         network = load_quantized(lambda: build_network(config), folder, device=device)
-        return cls(dequantize_(network), info, steps=steps, guidance=guidance, batch_size=batch_size, device=device)
+        return cls(
+            dequantize_(network), info,
+            steps=steps, guidance=guidance, batch_size=batch_size, memory_limit=memory_limit, device=device,
+        )  # fmt: skip
+
+    def _bytes_per_image(self) -> int:
+        patch = patch_of(self.info.image_size)
+        shape = (1, self.info.channels * patch**2, self.info.image_size // patch, self.info.image_size // patch)
+        x, t, label = torch.zeros(shape), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+        inputs = [value.to(self._device) for value in (x, t, label)]
+        one = activation_bytes(self._network, lambda: self._network(inputs[0], inputs[1], class_labels=inputs[2]))
+        return one if self._guidance == 1 else 2 * one
 
     def generate(self, labels: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
         """Return uint8 [M, C, H, W] on the CPU; see `ImageGenerator.generate`."""
         check_request(labels, seeds, num_classes=self.info.num_classes)
         size, num = self.info.image_size, len(labels)
         images = torch.empty(num, self.info.channels, size, size, dtype=torch.uint8)
-        for start in range(0, num, self.batch_size):
-            chunk = slice(start, start + self.batch_size)
-            padding = self.batch_size - len(labels[chunk])
-            batch = self._batch([*labels[chunk], *[0] * padding], [*seeds[chunk], *[0] * padding])
-            images[chunk] = batch[: self.batch_size - padding]
+
+        def make(start: int, stop: int) -> None:
+            padding = [0] * (self._batches.size - (stop - start))
+            batch = self._batch([*labels[start:stop], *padding], [*seeds[start:stop], *padding])
+            images[start:stop] = batch[: stop - start]
+
+        self._batches.run(num, make)
         return images
 
     def _batch(self, labels: list[int], seeds: list[int]) -> torch.Tensor:
-        """Make exactly `batch_size` images."""
+        """Make one whole batch."""
         return sample(
             self._network, labels, seeds, image_size=self.info.image_size, channels=self.info.channels,
             num_classes=self.info.num_classes, steps=self._steps, guidance=self._guidance, device=self._device,

@@ -121,6 +121,7 @@ def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
         steps=chosen.steps,
         guidance=chosen.guidance,
         batch_size=chosen.batch_size,
+        memory_limit=chosen.memory_limit,
         device=pick_device(config).type,
     )
 

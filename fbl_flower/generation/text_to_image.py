@@ -20,6 +20,7 @@ from fbl_flower.config import GeneratorConfig
 from fbl_flower.device import return_freed_memory
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.components import DTYPE, load_component, num_parameters
+from fbl_flower.generation.memory import Batches, activation_bytes, fitting_batch
 from fbl_flower.generation.prompts import Prompts
 from fbl_flower.generation.protocol import check_request
 from fbl_flower.generation.quantization import dequantize_
@@ -83,6 +84,9 @@ class TextToImageGenerator:
         self._resolution = settings.resolution or info.resolution
         self._device = torch.device(device)
         self._dtype = DTYPE[info.dtype]
+        self._sizes = Batches(
+            fitting_batch(settings.batch_size, bytes_per_image=self._bytes_per_image(), limit_mb=settings.memory_limit)
+        )
         self._tokenizing = threading.Lock()  # the tokenizer's padding is a setting of the shared object
         # Of n steps only the share `strength` is made when an image is the start; one at least must remain.
         self._image_steps = next(n for n in range(settings.steps, settings.steps + 200) if int(n * settings.strength) >= 1)
@@ -137,6 +141,17 @@ class TextToImageGenerator:
         return_freed_memory()
         return cls(components, own_scheduler, info, target, settings, device=device)
 
+    def _bytes_per_image(self) -> int:
+        """Return what one evaluation of the UNet takes, or of the decoder if that is more; the two follow each other."""
+        unet, vae = self._components["unet"], self._components["vae"]
+        text = self._components["text_encoder"].config
+        side = self._resolution // self.info.vae_scale
+        x = torch.zeros(1, unet.config["in_channels"], side, side).to(self._device, self._dtype)
+        states = torch.zeros(1, text.max_position_embeddings, text.hidden_size).to(self._device, self._dtype)
+        in_unet = activation_bytes(unet, lambda: unet(x, 0, encoder_hidden_states=states))
+        in_decoder = activation_bytes(vae, lambda: vae.decode(x))
+        return max(in_decoder, in_unet if self._settings.guidance == 1 else 2 * in_unet)
+
     def generate(self, labels: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
         """Return uint8 [M, C, H, W] on the CPU; see `ImageGenerator.generate`."""
         return self._generate(labels, seeds, None)
@@ -173,21 +188,23 @@ class TextToImageGenerator:
         num, size = len(labels), self._target.image_size
         images = torch.empty(num, self._target.channels, size, size, dtype=torch.uint8)
         blank = torch.empty(num, dtype=torch.bool)
-        for start in range(0, num, self.batch_size):
-            chunk = slice(start, min(start + self.batch_size, num))
-            used = chunk.stop - start
-            padding = [0] * (self.batch_size - used)
+
+        def make(start: int, stop: int) -> None:
+            chunk, used = slice(start, stop), stop - start
+            padding = [0] * (self._sizes.size - used)
             given = None if sources is None else torch.cat([sources[chunk], sources[[start] * len(padding)]])
             pixels = self._batch([*labels[chunk], *padding], [*seeds[chunk], *padding], given)[:used].float().cpu()
             finite = pixels.isfinite().flatten(1).all(1)
             pixels = pixels.nan_to_num(0.0, 1.0, 0.0)
             blank[chunk] = ~finite | ((pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1) < _BLANK)
             images[chunk] = self._reduced(pixels)
+
+        self._sizes.run(num, make)
         return images, blank
 
     @torch.no_grad()  # not inference_mode, which quanto's tensors refuse
     def _batch(self, labels: list[int], seeds: list[int], sources: torch.Tensor | None) -> torch.Tensor:
-        """Make exactly `batch_size` images: float [batch_size, 3, resolution, resolution] in 0 .. 1."""
+        """Make one whole batch: float [N, 3, resolution, resolution] in 0 .. 1."""
         from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
         # a pipeline of its own for each batch, because a scheduler counts steps and threads may share this generator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fbl_flower.balancing.filling import fill
-from fbl_flower.balancing.plan import BalancePlan, make_plan
+from fbl_flower.balancing.plan import BalancePlan, cap_filling, limit_filling, make_plan
 from fbl_flower.config import RunConfig
 from fbl_flower.data.client_folder import client_folder_parts
 from fbl_flower.data.corruption import believed_labels, private_examples
@@ -37,8 +38,10 @@ class ClientData:
         num_classes: Classes of the federation, including those that this client lacks.
         real: The client's images.
         plan: None for a client that does not balance.
-        fill: Synthetic images, `plan.fill[c]` of each class c; empty without a plan.
+        fill: Synthetic images, `plan.fill[c]` of each class c; empty without a plan. Where time for generating ran out, the plan
+            is that for what there is.
         augmentation: How training images may be varied.
+        unfilled: Share of the planned synthetic images that time did not allow to make, 0 .. 1.
     """
 
     client: int
@@ -47,6 +50,7 @@ class ClientData:
     plan: BalancePlan | None
     fill: Examples
     augmentation: Augmentation
+    unfilled: float = 0.0
 
 
 def prepare_client(
@@ -69,7 +73,7 @@ def prepare_client(
     parts = _parts(config, own_folder)
     real = parts.private if own_folder else client_examples(config, parts, client)
     plan = client_plan(config, real, parts.info.num_classes, client)
-    synthetic = real.take(torch.zeros(0, dtype=torch.int64))
+    synthetic, unfilled = real.take(torch.zeros(0, dtype=torch.int64)), 0.0
     if plan is not None and plan.fill.sum() > 0:
         synthetic = fill(
             plan,
@@ -79,7 +83,11 @@ def prepare_client(
             client=client,
             own=real if config.generator.image_to_image else None,
             progress=progress,
+            seconds=config.generator.time_budget or math.inf,
         )
+        counts, made = (examples.counts(parts.info.num_classes).numpy() for examples in (real, synthetic))
+        unfilled = 1 - len(synthetic) / int(plan.fill.sum())
+        plan = limit_filling(plan, counts, made, tie_break=numpy_stream(config.seed, "plan", client))
     return ClientData(
         client=client,
         num_classes=parts.info.num_classes,
@@ -87,6 +95,7 @@ def prepare_client(
         plan=plan,
         fill=synthetic,
         augmentation=augmentation_of(parts),
+        unfilled=unfilled,
     )
 
 
@@ -100,12 +109,11 @@ def client_plan(config: RunConfig, real: Examples, num_classes: int, client: int
     """Return the client's plan, or None where balancing is off."""
     if not config.balancing.enabled:
         return None
-    return make_plan(
-        real.counts(num_classes).numpy(),
-        tie_break=numpy_stream(config.seed, "plan", client),
-        sampling=config.balancing.sampling != "none",
-        filling=config.balancing.filling,
-    )
+    counts, stream = real.counts(num_classes).numpy(), functools.partial(numpy_stream, config.seed, "plan", client)
+    b = config.balancing
+    plan = make_plan(counts, tie_break=stream(), sampling=b.sampling != "none", filling=b.filling)
+    allowed = cap_filling(plan, share=b.max_filled_share, tie_break=stream())
+    return limit_filling(plan, counts, allowed, tie_break=stream())
 
 
 def augmentation_of(parts: DataParts) -> Augmentation:

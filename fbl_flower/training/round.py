@@ -112,11 +112,18 @@ def load_classifier(
 def _balance(
     model: Classifier, real: Examples, data: ClientData, state: BalancingState | None, *, config: RunConfig, server_round: int
 ) -> BalancingState:
-    """Sample in the client's first round, replay when it is due, and otherwise leave the choice as it is."""
+    """Sample in the client's first round, or when its plan has changed; replay when it is due; else leave the choice as it is."""
     assert data.plan is not None
     b = config.balancing
-    first = state is None
-    if state is not None and not replay_due(server_round=server_round, chosen_in=state.chosen_in, period=b.replay_period):
+    kept_before = state.kept if state is not None and len(state.kept) == len(real) else None
+    as_planned = kept_before is not None and np.array_equal(
+        np.bincount(data.real.labels[kept_before].numpy(), minlength=data.num_classes), data.plan.keep
+    )
+    if (
+        as_planned
+        and state is not None
+        and not replay_due(server_round=server_round, chosen_in=state.chosen_in, period=b.replay_period)
+    ):
         return state
     losses = per_image_losses(model, real, precision=config.train.precision) if b.sampling == "loss" else None
     kept = choose_kept(
@@ -124,8 +131,8 @@ def _balance(
         data.plan.keep,
         losses=None if losses is None else losses.cpu().numpy(),
         rng=numpy_stream(config.seed, "choice", data.client, server_round),
-        kept_before=None if state is None else state.kept.numpy(),
-        replay_ratio=0.0 if first else b.replay_ratio,
+        kept_before=None if kept_before is None else kept_before.numpy(),
+        replay_ratio=0.0 if kept_before is None else b.replay_ratio,
     )
     embeddings = torch.zeros(data.num_classes, model.width) if state is None else state.embeddings
     return BalancingState(kept=torch.from_numpy(kept), chosen_in=server_round, embeddings=embeddings)

@@ -1,0 +1,90 @@
+"""How many images are made together, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_generation_support import tiny_generator
+from torch import nn
+
+from fbl_flower.generation.diffusion import DiffusionGenerator
+from fbl_flower.generation.memory import Batches, activation_bytes, fitting_batch, free_bytes, is_out_of_memory
+
+
+def test_a_batch_that_does_not_fit_is_made_again_in_halves() -> None:
+    calls: list[tuple[int, int]] = []
+
+    def make(start: int, stop: int) -> None:
+        calls.append((start, stop))
+        if stop - start > 3:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:126] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    batches = Batches(8)
+    batches.run(10, make)
+    assert calls == [(0, 8), (0, 4), (0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]
+    assert batches.size == 2  # remembered: the next call does not try again
+
+
+def test_other_errors_and_a_single_image_that_does_not_fit_are_raised() -> None:
+    def broken(start: int, stop: int) -> None:
+        raise RuntimeError("shapes differ")
+
+    def hungry(start: int, stop: int) -> None:
+        raise MemoryError
+
+    batches = Batches(4)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        batches.run(4, broken)
+    assert batches.size == 4
+    with pytest.raises(MemoryError):
+        batches.run(4, hungry)
+    assert batches.size == 1
+
+
+def test_memory_that_ran_out_is_told_from_other_errors() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
+    assert not is_out_of_memory(RuntimeError("size mismatch")) and not is_out_of_memory(ValueError("out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def test_activations_are_counted_by_hand() -> None:
+    """Two linear layers on 3 rows: 3 x 4 and 3 x 5 floats of four bytes."""
+    network = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 5))
+    assert activation_bytes(network, lambda: network(torch.zeros(3, 2))) == 4 * (12 + 15)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_the_limit_decides_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    mebi = 2**20
+    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=10) == 10
+    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=100) == 32
+    assert fitting_batch(32, bytes_per_image=50 * mebi, limit_mb=10) == 1
+    monkeypatch.setattr("fbl_flower.generation.memory.free_bytes", lambda: 12 * mebi)
+    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=0) == 6  # half of what is free
+    monkeypatch.setattr("fbl_flower.generation.memory.free_bytes", lambda: None)
+    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=0) == 32
+
+
+def test_free_memory_is_a_number_or_unknown() -> None:
+    free = free_bytes()
+    assert free is None or 0 <= free < 2**50
+
+
+def test_images_made_in_smaller_batches_differ_by_a_grey_level_at_most(tmp_path, monkeypatch) -> None:
+    folder = tiny_generator(tmp_path)
+    labels, seeds = [0, 1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 4]
+    whole = DiffusionGenerator.load(folder, steps=2, guidance=2.0, batch_size=4).generate(labels, seeds)
+    short = DiffusionGenerator.load(folder, steps=2, guidance=2.0, batch_size=4)
+    batch = short._batch
+
+    def runs_out(labels: list[int], seeds: list[int]) -> torch.Tensor:
+        if len(labels) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch(labels, seeds)
+
+    monkeypatch.setattr(short, "_batch", runs_out)
+    assert (short.generate(labels, seeds).int() - whole.int()).abs().max() <= 1
+    assert short.batch_size == 4 and short.fingerprint  # what is asked for, and named, stays the same
