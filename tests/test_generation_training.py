@@ -120,7 +120,8 @@ def test_a_training_in_pieces_ends_with_the_weights_of_one_piece(tmp_path, monke
     assert train_generator(digits(), stop_after=0, **arguments) is None
     folder = tmp_path / "pieces.training"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.safetensors", "preview.png"]
-    assert Image.open(folder / "preview.png").size == (10 * (8 + 2) + 2, 10 * (8 + 2) + 2)
+    with Image.open(folder / "preview.png") as preview:
+        assert preview.size == (10 * (8 + 2) + 2, 10 * (8 + 2) + 2)
     info = train_generator(digits(), **arguments)
     assert info.files == whole.files and not folder.exists()
     assert [line for line in lines if line.startswith(("going on", "stopped"))] == [
