@@ -180,7 +180,7 @@ class RunConfig:
     """A whole run."""
 
     seed: int = option(0, "one number from which every random choice follows", low=0)
-    num_server_rounds: int = option(6, "rounds of training", low=1)
+    num_server_rounds: int = option(5, "rounds of training", low=1)
     num_clients: int = option(10, "clients of the federation, spread over the nodes that connect", low=1)
     fraction_train: float = option(0.5, "share of the clients that train in a round", above=0.0, high=1.0)
     output_dir: str = option("~/.fbl/runs", "folder of the run directories, on the server")
