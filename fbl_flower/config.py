@@ -12,7 +12,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -218,14 +218,18 @@ def surface() -> list[Setting]:
     ]
 
 
-def parse_config(run_config: Mapping[str, Value]) -> RunConfig:
+def parse_config(run_config: Mapping[str, Value], *, found: Sequence[str] = ()) -> RunConfig:
     """Turn Flower's flat run config into a validated `RunConfig`; keys left out take their defaults.
+
+    Args:
+        run_config: Settings by key.
+        found: Problems that a caller found already, to be reported first and together with these.
 
     Raises:
         ConfigError: Lists every unknown key, wrong type and value out of range at once.
     """
     leaves = _leaves(RunConfig)
-    problems: list[str] = []
+    problems = list(found)
     values: dict[str, Value] = {}
     for key, value in run_config.items():
         if key not in leaves:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from test_generation_support import tiny_generator
+from test_generation_support import refused, tiny_generator
 
 from fbl_flower.config import parse_config
 from fbl_flower.data.datasets import load_parts
@@ -46,16 +46,6 @@ def test_the_configured_generator_is_loaded(folder):
     direct = DiffusionGenerator.load(folder, steps=3, guidance=config.generator.guidance, batch_size=5)
     assert generator.fingerprint == direct.fingerprint
     assert torch.equal(generator.generate([1], [2]), direct.generate([1], [2]))
-
-
-def refused(config, parts, *messages):
-    """Both ways to check find the same problems."""
-    problems = "\n".join(check_generator(config, parts))
-    with pytest.raises(GeneratorError) as caught:
-        load_generator(config, parts)
-    assert str(caught.value) == problems
-    for message in messages:
-        assert message in problems
 
 
 def test_a_missing_folder(folder):

@@ -19,7 +19,7 @@ def test_a_batch_that_does_not_fit_is_made_again_in_halves() -> None:
         if stop - start > 3:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:126] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
-    batches = Batches(8)
+    batches = Batches(lambda: 8)
     batches.run(10, make)
     assert calls == [(0, 8), (0, 4), (0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]
     assert batches.size == 2  # remembered: the next call does not try again
@@ -32,7 +32,7 @@ def test_other_errors_and_a_single_image_that_does_not_fit_are_raised() -> None:
     def hungry(start: int, stop: int) -> None:
         raise MemoryError
 
-    batches = Batches(4)
+    batches = Batches(lambda: 4)
     with pytest.raises(RuntimeError, match="shapes differ"):
         batches.run(4, broken)
     assert batches.size == 4

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 
-from fbl_flower.config import DataConfig
+from fbl_flower.config import DataConfig, RunConfig
 from fbl_flower.data.datasets import DataInfo, DataParts, load_parts
 from fbl_flower.data.examples import Examples
+from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.loading import check_generator, load_generator
 from fbl_flower.generation.recipe import TrainingRecipe
 from fbl_flower.generation.training import train_generator
 
@@ -47,3 +50,13 @@ def two_class_parts(*, size: int = 4) -> DataParts:
     public = Examples.real(images, torch.tensor([0] * 6 + [1] * 6))
     poison = cast(Examples, Poison())
     return DataParts(info=info, image_size=size, test=poison, public=public, validation=poison, private=poison)
+
+
+def refused(config: RunConfig, parts: DataParts, *messages: str) -> None:
+    """Both ways to check a generator find the same problems, and every message is among them."""
+    problems = "\n".join(check_generator(config, parts))
+    with pytest.raises(GeneratorError) as caught:
+        load_generator(config, parts)
+    assert str(caught.value) == problems
+    for message in messages:
+        assert message in problems

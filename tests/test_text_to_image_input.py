@@ -16,6 +16,7 @@ import torch
 from helpers import quick
 from safetensors.torch import load_file, save_file
 from small_pipelines import configure, save_index, save_tiny_decoder
+from test_generation_support import refused
 
 from fbl_flower.cli import main
 from fbl_flower.config import parse_config
@@ -23,7 +24,7 @@ from fbl_flower.data.datasets import DATASETS
 from fbl_flower.errors import ConfigError, GeneratorError
 from fbl_flower.generation import pipeline_store
 from fbl_flower.generation.components import FLOAT_WEIGHTS
-from fbl_flower.generation.loading import bundled_generator, check_generator, load_generator
+from fbl_flower.generation.loading import bundled_generator, load_generator
 from fbl_flower.generation.pipeline_store import quantize_pipeline
 from fbl_flower.generation.prompts import make_prompts
 from fbl_flower.generation.quantization import LAYERS, WEIGHTS
@@ -38,16 +39,6 @@ def source(small_source, tmp_path) -> Path:
 @pytest.fixture
 def folder(small_made, tmp_path) -> Path:
     return shutil.copytree(small_made, tmp_path / "copy")
-
-
-def refused(config, parts, *messages: str) -> None:
-    """Both ways to check find the same problems."""
-    problems = "\n".join(check_generator(config, parts))
-    with pytest.raises(GeneratorError) as caught:
-        load_generator(config, parts)
-    assert str(caught.value) == problems
-    for message in messages:
-        assert message in problems
 
 
 def reseal(folder: Path, name: str) -> None:

@@ -153,11 +153,8 @@ def bench(options: argparse.Namespace) -> None:
     """Check the options and run the benchmark."""
     numbers = {"--images": options.images, "--epoch-images": options.epoch_images}
     problems = [f"{name}: got {number}; allowed: whole number >= 1" for name, number in numbers.items() if number < 1]
-    try:
-        config = configuration_of(options, folder=options.folder)
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from error
-    if problems := problems or check_generator(config, load_parts(config.data)):
+    config = configuration_of(options, folder=options.folder, found=problems)
+    if problems := check_generator(config, load_parts(config.data)):
         raise ConfigError(problems)
     bench_generator(
         config, num_images=options.images, epoch_images=options.epoch_images, threads=options.threads, out=options.out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -133,8 +134,8 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def configuration_of(options: argparse.Namespace, *, folder: Path | None = None) -> RunConfig:
-    """Put the options of a command on generators into a configuration."""
+def configuration_of(options: argparse.Namespace, *, folder: Path | None = None, found: Sequence[str] = ()) -> RunConfig:
+    """Put the options of a command on generators into a configuration; `found` are problems to report together with its own."""
     # How many of the images are the clients' does not matter here: the public part is cut first.
     settings: dict[str, Value] = {"data.name": options.data, "data.num-private": -1} | read_overrides(options.config)
     if options.data_path is not None:
@@ -143,11 +144,5 @@ def configuration_of(options: argparse.Namespace, *, folder: Path | None = None)
         settings["data.image-size"] = options.image_size
     if folder is not None:
         settings["generator.path"] = str(folder)
-    problems = [] if options.threads >= 1 else [f"--threads: got {options.threads}; allowed: whole number >= 1"]
-    try:
-        config = parse_config(settings)
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from error
-    if problems:
-        raise ConfigError(problems)
-    return config
+    threads = [] if options.threads >= 1 else [f"--threads: got {options.threads}; allowed: whole number >= 1"]
+    return parse_config(settings, found=[*found, *threads])

@@ -61,12 +61,7 @@ def chosen_config(arguments: Sequence[str], *, resume: Path | None = None) -> tu
         value = asked.get(key)
         if isinstance(value, str) and value and not value.startswith("~"):
             asked[key] = os.path.abspath(value)
-    try:
-        config = parse_config(asked)
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from error
-    if problems:
-        raise ConfigError(problems)
+    config = parse_config(asked, found=problems)
     defaults = flatten(RunConfig())
     return config, {key: value for key, value in flatten(config).items() if value != defaults[key]}
 

@@ -54,7 +54,9 @@ class DiffusionGenerator:
         self._steps = steps
         self._guidance = guidance
         self._device = torch.device(device)
-        self._batches = Batches(fitting_batch(batch_size, bytes_per_image=self._bytes_per_image(), limit_mb=memory_limit))
+        self._batches = Batches(
+            lambda: fitting_batch(batch_size, bytes_per_image=self._bytes_per_image(), limit_mb=memory_limit)
+        )
         decisive = {
             "files": dict(sorted(info.files.items())),
             "scheduler": ["DPMSolverMultistep", _SCHEDULER],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,11 +77,17 @@ class Batches:
     """Cuts work into batches, and into smaller ones from the moment that memory runs out.
 
     Args:
-        size: Images made together at first.
+        size: Finds how many images are made together at first. Asked when there is work: it may take seconds, and a start that finds
+            all its images on disk needs none.
+
+    Attributes:
+        size: Images made together, from the first `run` on.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: Callable[[], int]) -> None:
+        self.size = 0
+        self._find_size = size
+        self._finding = threading.Lock()  # threads may share a generator, and would count each other's activations
 
     def run(self, num: int, make: Callable[[int, int], None]) -> None:
         """Call `make(start, stop)` for every batch of `num` images; one that runs out of memory is made again in halves.
@@ -88,6 +95,8 @@ class Batches:
         Raises:
             Exception: As `make` does, also if memory runs out with a single image.
         """
+        with self._finding:
+            self.size = self.size or (self._find_size() if num else 0)
         start = 0
         while start < num:
             stop = min(start + self.size, num)

@@ -77,7 +77,7 @@ def train_generator(
     training = Training(parts, recipe, device=device)
     checkpoint = TrainingCheckpoint(out.with_name(f"{out.name}.training"), recipe=recipe, public_sha256=parts.public_sha256)
     if training.restore(checkpoint):
-        report(progress, f"going on after step {training.steps_done} of {recipe.steps}")
+        _tell(progress, f"going on after step {training.steps_done} of {recipe.steps}")
     started = time.perf_counter()
     try:
         while training.steps_done < recipe.steps and time.perf_counter() - started < stop_after:
@@ -85,20 +85,20 @@ def train_generator(
             if training.steps_done % checkpoint_every == 0:
                 training.save(checkpoint)
             if training.steps_done % max(1, recipe.steps // _REPORTS) == 0 or training.steps_done == recipe.steps:
-                report(progress, training.describe())
+                _tell(progress, training.describe())
     except KeyboardInterrupt:
         training.save(checkpoint)
         raise
     if training.steps_done < recipe.steps:
         training.save(checkpoint)
-        report(progress, f"stopped after step {training.steps_done} of {recipe.steps}; the same command goes on")
+        _tell(progress, f"stopped after step {training.steps_done} of {recipe.steps}; the same command goes on")
         return None
     info = _write_folder(quantize_(training.average.cpu()), parts, recipe=recipe, out=out, spent=training.spent)
     checkpoint.remove()
     return info
 
 
-def report(progress: Callable[[str], None] | None, line: str) -> None:
+def _tell(progress: Callable[[str], None] | None, line: str) -> None:
     if progress is not None:
         progress(line)
 

@@ -82,7 +82,7 @@ class _WindowConv2d(nn.Conv2d):
     """A convolution that is one product of matrices where its window holds the whole map.
 
     Small images end in maps of one pixel. A padded 3x3 window there multiplies eight of its nine weights by padding;
-    leaving those out is the same function, and makes a training step of ResNet-18 at 28 px a fifth faster.
+    leaving those out is the same function, and made training steps of ResNet-18 at 28 px 1.1 to 1.3 times as fast where measured.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
