@@ -28,6 +28,7 @@ class BalancingState:
         embeddings: float [C, D], the alignment vectors P.
         synthetic_accuracy: Of the last round, the share of synthetic images classified rightly without P; NaN if not measured.
         aligned_accuracy: The same with P.
+        kept_fill: bool [M], the synthetic images that the filter lets pass until the next choice; None: all of them.
     """
 
     kept: torch.Tensor
@@ -35,6 +36,7 @@ class BalancingState:
     embeddings: torch.Tensor
     synthetic_accuracy: float = float("nan")
     aligned_accuracy: float = float("nan")
+    kept_fill: torch.Tensor | None = None
 
     def alignment_row(self) -> dict[str, list[float] | float | None]:
         """Say how large P is and how well synthetic images are classified without and with it, as JSON can hold it."""
@@ -86,6 +88,8 @@ class StateStore:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {"kept": state.kept, "embeddings": state.embeddings.contiguous()}
+        if state.kept_fill is not None:
+            tensors["kept_fill"] = state.kept_fill
         numbers = {
             "chosen_in": str(state.chosen_in),
             "synthetic_accuracy": repr(state.synthetic_accuracy),
@@ -116,6 +120,7 @@ class StateStore:
                     embeddings=file.get_tensor("embeddings"),
                     synthetic_accuracy=float(numbers["synthetic_accuracy"]),
                     aligned_accuracy=float(numbers["aligned_accuracy"]),
+                    kept_fill=file.get_tensor("kept_fill") if "kept_fill" in file.keys() else None,  # noqa: SIM118
                 )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StateError(
