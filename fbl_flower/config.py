@@ -101,6 +101,15 @@ class BalancingConfig:
         low=0.0,
         high=1.0,
     )
+    filter: str = option(
+        "none", "what leaves out implausible synthetic images, from round 2 on", choices=("none", "model", "neighbours")
+    )
+    filter_share: float = option(
+        0.2,
+        "share of a class's synthetic images that falls (model), or of real ones that would (neighbours)",
+        low=0.0,
+        high=1.0,
+    )
     sampling: str = option(
         "loss", "knowledge sampling: which images of an excessive class stay", choices=("loss", "random", "none")
     )
@@ -291,6 +300,11 @@ def _conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
     if b.average_embeddings and not b.alignment:
         text = "balancing.average-embeddings: true, but balancing.alignment is false: there are no vectors to average"
         found.append((("balancing.average-embeddings", "balancing.alignment"), text))
+    if b.filter != "none" and (b.replay_period == 0 or not b.filling):
+        text = (
+            f"balancing.filter: {b.filter!r} works at replays, on synthetic images: balancing.replay-period >= 1, and filling"
+        )
+        found.append((("balancing.filter", "balancing.replay-period", "balancing.filling"), text))
     if g.name == "text-to-image" and not g.path:
         text = "generator.path: empty; text-to-image needs the directory that `fbl-flower generator quantize` made"
         found.append((("generator.name", "generator.path"), text))

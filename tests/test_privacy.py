@@ -6,6 +6,7 @@ same, but for model arrays, losses and clock times.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -151,14 +152,19 @@ def in_simulation(run_config: dict[str, Any], messages: list[Message]) -> None:
     run_simulation(servers, clients, NUM_CLIENTS, backend_config=resources)
 
 
+FILTER = {"balancing.filter": "neighbours", "balancing.filter-share": 0.3, "balancing.replay-period": 1}
+
+
 @pytest.mark.parametrize(
-    "engine", [in_process, pytest.param(in_simulation, marks=pytest.mark.real_process)], ids=["in-process", "simulation"]
+    ("engine", "extra"),
+    [(in_process, {}), (in_process, FILTER), pytest.param(in_simulation, {}, marks=pytest.mark.real_process)],
+    ids=["in-process", "filter", "simulation"],
 )
 @pytest.mark.parametrize("mixed", [{}, MIXED], ids=["alike", "mixed"])
 def test_what_reaches_the_server_does_not_tell_which_class_is_crowded(
-    tmp_path: Path, server_log: list[str], engine: Callable[..., None], mixed: dict[str, Any]
+    tmp_path: Path, server_log: list[str], engine: Callable[..., None], extra: dict[str, Any], mixed: dict[str, Any]
 ) -> None:
-    zero, seven = settings(tmp_path / "zero", 0) | mixed, settings(tmp_path / "nine", 7) | mixed
+    zero, seven = settings(tmp_path / "zero", 0) | extra | mixed, settings(tmp_path / "nine", 7) | extra | mixed
     for config, crowded in ((zero, 0), (seven, 7)):
         parsed = parse_config(config)
         parts = load_parts(parsed.data)
@@ -170,4 +176,7 @@ def test_what_reaches_the_server_does_not_tell_which_class_is_crowded(
     assert messages_zero == messages_seven
     assert lines_zero == lines_seven
     assert any("the client's state on disk is damaged" in line for line in lines_zero)
+    assert not any("picture" in line for line in lines_zero)
+    filtered = [json.loads(line) for log in tmp_path.rglob("filter.jsonl") for line in log.read_text().splitlines()]
+    assert any(row["passed"] != row["made"] for row in filtered) == bool(extra)
     assert len(messages_zero) == 2 * (NUM_CLIENTS * (1 + 1 + 2))  # describe, prepare, two rounds; there and back

@@ -21,6 +21,7 @@ class BalancingState:
         embeddings: float [C, D], the alignment vectors P.
         synthetic_accuracy: Of the last round, the share of synthetic images classified rightly without P; NaN if not measured.
         aligned_accuracy: The same with P.
+        kept_fill: bool [M], the synthetic images that the filter lets pass until the next choice; None: all of them.
     """
 
     kept: torch.Tensor
@@ -28,6 +29,7 @@ class BalancingState:
     embeddings: torch.Tensor
     synthetic_accuracy: float = float("nan")
     aligned_accuracy: float = float("nan")
+    kept_fill: torch.Tensor | None = None
 
     def alignment_row(self) -> dict[str, list[float] | float | None]:
         """Say how large P is and how well synthetic images are classified without and with it, as JSON can hold it."""
@@ -51,8 +53,9 @@ class StateStore(RoundStore[BalancingState]):
 
 
 def _pack(state: BalancingState) -> Record:
+    passed = {} if state.kept_fill is None else {"kept_fill": state.kept_fill}
     return Record(
-        tensors={"kept": state.kept, "embeddings": state.embeddings},
+        tensors={"kept": state.kept, "embeddings": state.embeddings} | passed,
         texts={
             "chosen_in": str(state.chosen_in),
             "synthetic_accuracy": repr(state.synthetic_accuracy),
@@ -68,4 +71,5 @@ def _unpack(record: Record) -> BalancingState:
         embeddings=record.tensors["embeddings"],
         synthetic_accuracy=float(record.texts["synthetic_accuracy"]),
         aligned_accuracy=float(record.texts["aligned_accuracy"]),
+        kept_fill=record.tensors.get("kept_fill"),
     )

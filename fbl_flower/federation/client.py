@@ -22,6 +22,7 @@ from fbl_flower.methods.base import State
 from fbl_flower.methods.choice import local_method
 from fbl_flower.params import all_finite
 from fbl_flower.roundstore import Record, RoundStore
+from fbl_flower.training.filtering import filter_row
 from fbl_flower.training.prepare import ClientData, prepare_client
 from fbl_flower.training.roles import Role, role_of
 from fbl_flower.training.round import run_local_round
@@ -126,6 +127,9 @@ def train(message: Message, context: Context) -> Message:
         if config.balancing.alignment:
             with (store.folder / "alignment.jsonl").open("a") as file:  # for the client's own eyes
                 file.write(json.dumps({"round": request.server_round} | result.state.alignment_row()) + "\n")
+        if result.state.kept_fill is not None and result.state.chosen_in == request.server_round:
+            with (store.folder / "filter.jsonl").open("a") as file:
+                file.write(json.dumps({"round": request.server_round} | filter_row(data, result.state.kept_fill)) + "\n")
     shares = config.balancing.average_embeddings and result.state is not None
     reply = Reply(
         arrays=result.arrays,

@@ -21,6 +21,7 @@ from fbl_flower.reporting.alignment_picture import alignment_picture
 from fbl_flower.reporting.pictures import accuracy_curve, class_counts, gallery
 from fbl_flower.reporting.rundir import RunDirectory
 from fbl_flower.training.evaluation import predict
+from fbl_flower.training.filtering import filtered
 from fbl_flower.training.prepare import ClientData, prepare_client
 from fbl_flower.training.round import load_classifier
 
@@ -43,6 +44,7 @@ def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays) -> None:
     names = parts.info.class_names
     clients = [prepare_client(config, k, cache_folder=state_dir / "cache") for k in range(config.num_clients)]
     states = [_newest_state(state_folder(state_dir, run.identity, k)) for k in range(config.num_clients)]
+    clients = [filtered(c, None if s is None else s.kept_fill, seed=config.seed) for c, s in zip(clients, states, strict=True)]
     filled = np.stack([c.fill.counts(len(names)).numpy() for c in clients])
     before = np.stack([c.real.counts(len(names)).numpy() for c in clients])
     kept = np.stack([c.plan.keep if c.plan else b for c, b in zip(clients, before, strict=True)])

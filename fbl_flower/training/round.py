@@ -20,6 +20,7 @@ from fbl_flower.models import Classifier, empty_classifier
 from fbl_flower.params import Arrays, to_arrays, to_state
 from fbl_flower.seeding import numpy_stream, torch_stream
 from fbl_flower.training.evaluation import per_image_losses
+from fbl_flower.training.filtering import choose_fill, filtered
 from fbl_flower.training.loop import TrainResult, train
 from fbl_flower.training.prepare import ClientData
 
@@ -73,7 +74,8 @@ def run_local_round(
         state = _balance(model, real, data, state, config=config, server_round=server_round)
         if averaged_embeddings is not None:
             state = replace(state, embeddings=torch.tensor(averaged_embeddings))
-        examples = concatenate(data.real.take(state.kept.nonzero().flatten()), data.fill)
+        fill = filtered(data, state.kept_fill, seed=config.seed).fill
+        examples = concatenate(data.real.take(state.kept.nonzero().flatten()), fill)
     if len(examples) == 0:
         method.begin(model, examples)
         return LocalRoundResult(
@@ -128,12 +130,13 @@ def load_classifier(
 def _balance(
     model: Classifier, real: Examples, data: ClientData, state: BalancingState | None, *, config: RunConfig, server_round: int
 ) -> BalancingState:
-    """Sample in the client's first round, or when its plan has changed; replay when it is due; else leave the choice as it is."""
-    assert data.plan is not None
+    """Choose real and synthetic images in the client's first round, when its plan has changed, or when a replay is due."""
     b = config.balancing
     kept_before = state.kept if state is not None and len(state.kept) == len(real) else None
+    plan = filtered(data, None if state is None else state.kept_fill, seed=config.seed).plan
+    assert plan is not None
     as_planned = kept_before is not None and np.array_equal(
-        np.bincount(data.real.labels[kept_before].numpy(), minlength=data.num_classes), data.plan.keep
+        np.bincount(data.real.labels[kept_before].numpy(), minlength=data.num_classes), plan.keep
     )
     if (
         as_planned
@@ -141,14 +144,17 @@ def _balance(
         and not replay_due(server_round=server_round, chosen_in=state.chosen_in, period=b.replay_period)
     ):
         return state
+    kept_fill = choose_fill(model, real, data.fill.to(real.images.device), config=config, server_round=server_round)
+    plan = filtered(data, kept_fill, seed=config.seed).plan
+    assert plan is not None
     losses = per_image_losses(model, real, precision=config.train.precision) if b.sampling == "loss" else None
     kept = choose_kept(
         data.real.labels.numpy(),
-        data.plan.keep,
+        plan.keep,
         losses=None if losses is None else losses.cpu().numpy(),
         rng=numpy_stream(config.seed, "choice", data.client, server_round),
         kept_before=None if kept_before is None else kept_before.numpy(),
         replay_ratio=0.0 if kept_before is None else b.replay_ratio,
     )
     embeddings = torch.zeros(data.num_classes, model.width) if state is None else state.embeddings
-    return BalancingState(kept=torch.from_numpy(kept), chosen_in=server_round, embeddings=embeddings)
+    return BalancingState(kept=torch.from_numpy(kept), chosen_in=server_round, embeddings=embeddings, kept_fill=kept_fill)
