@@ -20,6 +20,8 @@ EXPERIMENTS = ROOT / "experiments" / "mnist5k"
 class Done:
     """A process that has ended."""
 
+    pid = 2**22 + 1  # above the largest of Linux: its memory cannot be measured
+
     def __init__(self, code: int) -> None:
         self.code = code
 
@@ -124,8 +126,8 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert run_sweep(rows, (0, 1), out=out, num_jobs=2, start=start) == [] and len(later) == 2
     # final: 50 and 60 percent, mean 55, sd = sqrt(25 + 25) = 7.07; the higher accuracy of round 1 is a line of its own
     table = (out / "table.md").read_text()
-    assert f"| 1-a | 2 | 55.00 ± 7.07 | 50.00 | 60.00 | 10 | `fbl-flower sweep {rows[0].file} --seeds 0,1` |" in table
-    assert "| 1-a | 1 of 2 | 90.00 ± 0.00 | 90.00 | 90.00 |  |" in table
+    assert f"| 1-a | diffusion | 2 | 55.00 ± 7.07 | 50.00 | 60.00 | 10 | `fbl-flower sweep {rows[0].file} --seeds 0,1` |" in table
+    assert "| 1-a | diffusion | 1 of 2 | 90.00 ± 0.00 | 90.00 | 90.00 |  |" in table
 
 
 def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
     failed = run_sweep(rows, (0,), out=out, num_jobs=1, start=lambda job: Done(1) if job.row.name == "1-a" else succeed(job))
     assert [(job.row.name, job.seed) for job in failed] == [("1-a", 0)]
     table = (out / "table.md").read_text()
-    assert "| 1-a | 2 | not finished |" in table and "| 2-b | 2 | 50.00 |" in table
+    assert "| 1-a | diffusion | 2 | not finished |" in table and "| 2-b | diffusion | 2 | 50.00 |" in table
 
 
 def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_table_numbers_by_hand() -> None:
     assert head == "| row | rounds | final accuracy (%) | seed 0 | seed 1 | seed 2 | seconds | command |"
     assert row == "| FBL | 20 | 93.00 ± 3.61 | 90.00 | 92.00 | 97.00 | 3 | `run` |"
     fields = as_csv([line], (0, 1, 2)).splitlines()[1].split(",")
-    assert fields[:3] == ["FBL", "20", "3"] and float(fields[4]) == pytest.approx(13**0.5) and float(fields[8]) == 3
+    assert fields[:3] == ["FBL", "20", "3"] and float(fields[4]) == pytest.approx(13**0.5) and float(fields[8]) == 3 and fields[-1] == "run"
 
 
 def test_one_seed_has_no_spread() -> None:
