@@ -17,26 +17,22 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from fbl_flower.errors import ConfigError
-
-Value = bool | int | float | str
+from fbl_flower.method_options import (
+    ClientsConfig,
+    FedGenConfig,
+    FedProxConfig,
+    MethodConfig,
+    MoonConfig,
+    ScaffoldConfig,
+    client_problems,
+)
+from fbl_flower.options import Value as Value
+from fbl_flower.options import option
 
 _PACKAGED = ("mnist5k", "digits")  # data sets that come with a package
 _OWN = ("folder", "parquet")  # the user's own images
 _NAMED = ("cifar10", "cifar100", "tiny-imagenet", "eurosat", "fashion-mnist")
 DATA_NAMES = (*_PACKAGED, *_NAMED, *_OWN)
-
-
-def option(
-    default: Value,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-) -> Any:
-    """Declare one setting: its default, its meaning, and the values it allows (`low <= x <= high`, `x > above`)."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high, "above": above})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +206,12 @@ class RunConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    fedprox: FedProxConfig = field(default_factory=FedProxConfig)
+    moon: MoonConfig = field(default_factory=MoonConfig)
+    scaffold: ScaffoldConfig = field(default_factory=ScaffoldConfig)
+    fedgen: FedGenConfig = field(default_factory=FedGenConfig)
+    clients: ClientsConfig = field(default_factory=ClientsConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +319,7 @@ def _conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
                     f"{key}: got {value}; only public-images are degraded, and generator.name is {g.name!r}",
                 )
             )
-    return found
+    return found + client_problems(config.clients, balancing=b.enabled)
 
 
 def flat_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

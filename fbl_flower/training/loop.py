@@ -13,6 +13,8 @@ from fbl_flower.config import TrainConfig
 from fbl_flower.data.batches import augment, batch_indices, to_float
 from fbl_flower.data.examples import Examples
 from fbl_flower.device import autocast, keep_freed_memory, memory_format
+from fbl_flower.methods.base import LocalMethod, Step
+from fbl_flower.methods.fedavg import FEDAVG
 from fbl_flower.models import Classifier
 
 
@@ -29,7 +31,7 @@ class TrainResult:
     """What a training was like; the model itself is changed in place.
 
     Attributes:
-        loss: Mean training loss over all images and epochs.
+        loss: Mean cross-entropy over all images and epochs, without a method's penalty, so that methods can be compared.
         synthetic_accuracy: Share of synthetic training images classified rightly by H(F(I)); NaN without any.
         aligned_accuracy: The same by H(F(I) + P_i).
     """
@@ -49,8 +51,9 @@ def train(
     embeddings: nn.Parameter | None = None,
     embedding_learning_rate: float = 0.0,
     drop: float = 0.0,
+    method: LocalMethod = FEDAVG,
 ) -> TrainResult:
-    """Train by SGD on the cross-entropy, in place.
+    """Train by SGD on the cross-entropy and what `method` adds to it, in place.
 
     Every image is used once an epoch; a last, smaller batch is used too. With `embeddings`, synthetic images are aligned
     (Eq. 4) and the vectors are trained jointly, by the same loss at their own learning rate.
@@ -64,11 +67,14 @@ def train(
         embeddings: float [C, D] on the device, the vectors P; None: no alignment.
         embedding_learning_rate: Step size of the vectors.
         drop: Probability that a synthetic image loses its vector.
+        method: The local objective; it begins here and is left to the caller to finish.
     """
     keep_freed_memory()
+    config = method.settings(config)
     device = examples.images.device
     layout = memory_format(model, device)
     model.to(memory_format=layout)
+    method.begin(model, examples)
     weights = list(model.parameters())
     groups: list[dict[str, object]] = [{"params": weights, "weight_decay": config.weight_decay}]
     if embeddings is not None:
@@ -84,15 +90,18 @@ def train(
             if augmentation is not None and config.augment:
                 images = augment(images, shift=augmentation.shift, flip=augmentation.flip, rng=rng)
             model.train(len(batch) > 1)  # one image has no batch statistics: BatchNorm then uses its running ones
+            inputs = to_float(images).contiguous(memory_format=layout)
             with autocast(config.precision, device):
-                features = model.features(to_float(images).contiguous(memory_format=layout))
+                features = model.features(inputs)
                 offset = None
                 if embeddings is not None:
                     offset = alignment_offset(embeddings, batch.labels, batch.synthetic, drop=drop, rng=drop_rng)
                 logits = model.head(features if offset is None else features + offset)
+                penalty = method.penalty(Step(model=model, inputs=inputs, features=features, labels=batch.labels))
             loss = F.cross_entropy(logits.float(), batch.labels)
             optimizer.zero_grad()
-            loss.backward()
+            (loss if penalty is None else loss + penalty).backward()
+            method.edit_gradients(model)
             if config.clip_norm > 0:
                 nn.utils.clip_grad_norm_(weights, config.clip_norm)
             if embeddings is not None:

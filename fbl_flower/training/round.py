@@ -14,6 +14,8 @@ from fbl_flower.balancing.state import BalancingState
 from fbl_flower.config import RunConfig
 from fbl_flower.data.examples import Examples, concatenate
 from fbl_flower.device import pick_device
+from fbl_flower.methods.base import Finished, LocalMethod
+from fbl_flower.methods.fedavg import FEDAVG
 from fbl_flower.models import Classifier, empty_classifier
 from fbl_flower.params import Arrays, to_arrays, to_state
 from fbl_flower.seeding import numpy_stream, torch_stream
@@ -32,6 +34,7 @@ class LocalRoundResult:
         num_real: The client's real images, N_k, whether or not they were all used.
         training: The training's own measurements; None for a client without images.
         state: The client's memory after the round; None for a client that does not balance.
+        finished: What the local method remembers and sends.
     """
 
     arrays: Arrays
@@ -39,6 +42,7 @@ class LocalRoundResult:
     num_real: int
     training: TrainResult | None
     state: BalancingState | None
+    finished: Finished
 
 
 def run_local_round(
@@ -49,6 +53,7 @@ def run_local_round(
     config: RunConfig,
     server_round: int,
     averaged_embeddings: np.ndarray | None = None,
+    method: LocalMethod = FEDAVG,
 ) -> LocalRoundResult:
     """Run one round of a client: a pure function of what it is given.
 
@@ -59,6 +64,7 @@ def run_local_round(
         config: The run's configuration.
         server_round: Number of the round, from 1; names the random streams.
         averaged_embeddings: float [C, D], in place of the client's own vectors, where the server averages them.
+        method: The local objective of this client in this round.
     """
     device = pick_device(config)
     model = load_classifier(arrays, config, channels=data.real.images.shape[1], num_classes=data.num_classes, device=device)
@@ -69,7 +75,15 @@ def run_local_round(
             state = replace(state, embeddings=torch.tensor(averaged_embeddings))
         examples = concatenate(data.real.take(state.kept.nonzero().flatten()), data.fill)
     if len(examples) == 0:
-        return LocalRoundResult(arrays=dict(arrays), num_examples=0, num_real=len(data.real), training=None, state=state)
+        method.begin(model, examples)
+        return LocalRoundResult(
+            arrays=dict(arrays),
+            num_examples=0,
+            num_real=len(data.real),
+            training=None,
+            state=state,
+            finished=method.finish(model),
+        )
     b = config.balancing
     embeddings = None
     if state is not None and b.alignment:
@@ -83,6 +97,7 @@ def run_local_round(
         embeddings=embeddings,
         embedding_learning_rate=b.embedding_learning_rate,
         drop=b.drop,
+        method=method,
     )
     if state is not None and embeddings is not None:
         state = replace(
@@ -97,6 +112,7 @@ def run_local_round(
         num_real=len(data.real),
         training=training,
         state=state,
+        finished=method.finish(model),
     )
 
 

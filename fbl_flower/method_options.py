@@ -1,0 +1,109 @@
+"""Settings of the local methods, with their papers' symbols, and of federations whose clients differ (docs/methods.md)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fbl_flower.options import option
+
+METHODS = ("fedavg", "fedprox", "moon", "scaffold", "fedgen")
+CAPABILITIES = ("full", "rich", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """How clients train: the objective, independent of what they train on."""
+
+    name: str = option("fedavg", "local method of every client that has no other", choices=METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedProxConfig:
+    """FedProx (Li et al., arXiv 1812.06127)."""
+
+    mu: float = option(0.01, "weight of the squared distance to the global model; 0: FedAvg", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoonConfig:
+    """MOON (Li et al., arXiv 2103.16257)."""
+
+    mu: float = option(1.0, "weight of the model-contrastive loss; 0: FedAvg", low=0.0)
+    temperature: float = option(0.5, "tau, temperature of the contrast", above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaffoldConfig:
+    """SCAFFOLD (Karimireddy et al., arXiv 1910.06378), Option II: plain SGD, so no train.momentum and no train.clip-norm."""
+
+    learning_rate: float = option(0.0, "eta_l, step size of its clients' plain SGD; 0: train.learning-rate", low=0.0)
+    server_learning_rate: float = option(1.0, "eta_g, step size of the server", above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedGenConfig:
+    """FedGen (Zhu et al., arXiv 2105.10056). Its clients send their label counts."""
+
+    latent_weight: float = option(1.0, "weight of the loss on generated features; 0: FedAvg", low=0.0)
+    diversity: float = option(1.0, "weight of the generator's diversity loss", low=0.0)
+    learning_rate: float = option(3e-4, "step size of the generator (Adam)", above=0.0)
+    steps: int = option(50, "steps of the generator in a round", low=1)
+    batch_size: int = option(128, "features per step of the generator", low=2)
+    hidden_width: int = option(256, "hidden units of the generator", low=1)
+    noise_width: int = option(32, "numbers of noise for each feature vector", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientsConfig:
+    """Clients that differ. In a deployment a node states its own `capability` and `method`; these shares are for the others."""
+
+    rich_share: float = option(
+        0.0, "share of compute-rich clients: they discard nothing and fill every class up to their largest", low=0.0, high=1.0
+    )
+    no_generator_share: float = option(
+        0.0, "share of clients that cannot generate: they train on their own data as it is", low=0.0, high=1.0
+    )
+    methods: str = option("", "shares of clients with another method than method.name, such as 'fedprox=0.3, moon=0.2'")
+
+
+def method_shares(text: str) -> list[tuple[str, float]]:
+    """Read `clients.methods`: (method, share) in the order given; none if the text is blank.
+
+    Raises:
+        ValueError: One sentence that names the key, what was got and what is allowed.
+    """
+    shares: list[tuple[str, float]] = []
+    for item in text.split(",") if text.strip() else ():
+        name, separator, number = (part.strip() for part in item.partition("="))
+        try:
+            share = float(number)
+        except ValueError:
+            share = math.nan
+        if not separator or name not in METHODS or not 0 <= share <= 1:
+            raise ValueError(
+                f"clients.methods: got {item.strip()!r}; allowed: method=share between commas, methods {' | '.join(METHODS)}, "
+                "shares 0 .. 1"
+            )
+        if name in dict(shares):
+            raise ValueError(f"clients.methods: got {name!r} twice; give each method one share")
+        shares.append((name, share))
+    if (total := sum(share for _, share in shares)) > 1 + 1e-9:
+        raise ValueError(f"clients.methods: the shares sum to {total:g}; allowed: at most 1, and the rest is method.name")
+    return shares
+
+
+def client_problems(clients: ClientsConfig, *, balancing: bool) -> list[tuple[tuple[str, ...], str]]:
+    """Name what is wrong with the shares, each problem with the keys that it is about."""
+    found: list[tuple[tuple[str, ...], str]] = []
+    try:
+        method_shares(clients.methods)
+    except ValueError as problem:
+        found.append((("clients.methods",), str(problem)))
+    if (total := clients.rich_share + clients.no_generator_share) > 1 + 1e-9:
+        text = f"clients.rich-share and clients.no-generator-share: they sum to {total:g}; allowed: at most 1"
+        found.append((("clients.rich-share", "clients.no-generator-share"), text))
+    if clients.rich_share > 0 and not balancing:
+        text = f"clients.rich-share: got {clients.rich_share:g}, but balancing.enabled is false: there is nothing to fill"
+        found.append((("clients.rich-share", "balancing.enabled"), text))
+    return found

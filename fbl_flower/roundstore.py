@@ -1,0 +1,99 @@
+"""What a client remembers, on its disk, one file for each round in which it trained."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from fbl_flower.errors import StateError
+
+_NAME = re.compile(r"round-(\d{6})\.safetensors")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What one file holds: tensors by name, and short texts by name."""
+
+    tensors: dict[str, torch.Tensor]
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+class RoundStore(Generic[T]):
+    """A client's memory of one kind.
+
+    A killed run goes on from the server's last checkpoint, which may be older than what clients remember. So a
+    client keeps what it knew at that checkpoint and since, and goes back when it is asked to train an earlier round again.
+
+    Args:
+        folder: The client's own, for this run and this kind.
+        pack: From a state to what is stored.
+        unpack: Back again; a KeyError, TypeError or ValueError says that the file is damaged.
+    """
+
+    def __init__(self, folder: Path, *, pack: Callable[[T], Record], unpack: Callable[[Record], T]) -> None:
+        self.folder = folder
+        self._pack, self._unpack = pack, unpack
+
+    def load(self, *, before_round: int) -> T | None:
+        """Return the newest state of a round before `before_round` and forget later ones; None if there is none.
+
+        Raises:
+            StateError: The file is damaged.
+        """
+        rounds = self._rounds()
+        for later in [r for r in rounds if r >= before_round]:
+            self._path(later).unlink(missing_ok=True)
+        earlier = [r for r in rounds if r < before_round]
+        return self._read(self._path(earlier[-1])) if earlier else None
+
+    def newest(self) -> T | None:
+        """Return the state of the last round in which the client trained."""
+        rounds = self._rounds()
+        return self._read(self._path(rounds[-1])) if rounds else None
+
+    def save(self, state: T, *, server_round: int, checkpoint_round: int) -> None:
+        """Store the state after `server_round`, whole or not at all.
+
+        Args:
+            state: What to remember.
+            server_round: The round that it is the result of.
+            checkpoint_round: The server's last checkpoint: states that no resumed run can ask for again are deleted.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = self._pack(state)
+        tensors = {name: tensor.contiguous() for name, tensor in record.tensors.items()}
+        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(save(tensors, metadata=record.texts))
+        os.replace(temporary, self._path(server_round))
+        for old in [r for r in self._rounds() if r <= checkpoint_round][:-1]:  # but for the newest of them
+            self._path(old).unlink(missing_ok=True)
+
+    def _rounds(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(m[1]) for name in os.listdir(self.folder) if (m := _NAME.fullmatch(name)))
+
+    def _path(self, server_round: int) -> Path:
+        return self.folder / f"round-{server_round:06d}.safetensors"
+
+    def _read(self, path: Path) -> T:
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+                return self._unpack(Record(tensors=tensors, texts=file.metadata() or {}))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise StateError(
+                f"{path} is damaged ({error}); delete the folder to let this client start afresh",
+                public="the client's state on disk is damaged",
+            ) from error
