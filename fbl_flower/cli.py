@@ -118,6 +118,7 @@ def _sweep(options: argparse.Namespace) -> int:
         size=options.size,
         overrides=absolute_paths(read_overrides(options.config)),
         target=options.target_accuracy,
+        note=options.note,
     )
 
 
@@ -240,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--out", type=Path, metavar="DIR", help="results and table (default: results/FOLDER-SIZE of the rows)")
     sweep.add_argument("--size", choices=("cpu", "paper"), help="of rows that have both (default: cpu)")
     sweep.add_argument("--target-accuracy", type=float, metavar="A", help="0 .. 1: count rounds and bytes up to it")
+    sweep.add_argument("--note", default="", metavar="TEXT", help="stands above the table, such as where the data comes from")
     _add_config(sweep)
     sweep.set_defaults(handler=_sweep)
 

@@ -313,12 +313,8 @@ def _conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
         found.append((("generator.image-to-image", "generator.name"), text))
     for key, value in (("generator.blur", g.blur), ("generator.noise", g.noise)):
         if value and g.name != "public-images":
-            found.append(
-                (
-                    (key, "generator.name"),
-                    f"{key}: got {value}; only public-images are degraded, and generator.name is {g.name!r}",
-                )
-            )
+            text = f"{key}: got {value}; only public-images are degraded, and generator.name is {g.name!r}"
+            found.append(((key, "generator.name"), text))
     return found + client_problems(config.clients, balancing=b.enabled)
 
 

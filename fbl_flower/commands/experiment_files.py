@@ -48,7 +48,7 @@ def read_layers(file: Path, *, size: str | None, overrides: Mapping[str, Value])
 
     Args:
         file: The row's TOML file.
-        size: One of `SIZES`; None: `cpu` where there are sizes.
+        size: One of `SIZES`; None: `cpu` where there is one, else `paper`.
         overrides: Settings from the command line.
 
     Raises:
@@ -59,7 +59,7 @@ def read_layers(file: Path, *, size: str | None, overrides: Mapping[str, Value])
     if problems:
         raise ConfigError(problems)
     sizes = [name for name in SIZES if any(name in raw for _, raw in chain)]
-    chosen = (size or SIZES[0]) if sizes else ""
+    chosen = (size or sizes[0]) if sizes else ""
     if chosen and chosen not in sizes:
         problems.append(f"{file}: --size: got {chosen!r}; it has {' and '.join(sizes)} only")
     if size and not sizes:

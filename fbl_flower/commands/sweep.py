@@ -23,6 +23,7 @@ from fbl_flower.config import RunConfig, Value
 from fbl_flower.errors import ConfigError, FBLError
 
 _POLL_S = 0.2
+_WRITTEN = ("table.md", "table.csv", "final.png", "rounds.png")
 
 
 class Process(Protocol):
@@ -60,6 +61,7 @@ def sweep_command(
     size: str | None = None,
     overrides: Mapping[str, Value] | None = None,
     target: float | None = None,
+    note: str = "",
 ) -> int:
     """Check all rows, run what has not finished, write tables and pictures; return 1 if a job failed, else 0.
 
@@ -69,6 +71,7 @@ def sweep_command(
         num_jobs: Processes at a time, as far as memory allows.
         out: Folder of results; None: `results/FOLDER-SIZE`, after the folder and size of the rows.
         size, overrides, target: As `read_rows`.
+        note: Stands above the table, before the rows' own notes.
 
     Raises:
         ConfigError: Lists what is wrong in any of the files, or does not fit the data; nothing has been run then.
@@ -78,6 +81,7 @@ def sweep_command(
     if num_jobs < 1:
         raise ConfigError([f"--jobs: got {num_jobs}; allowed: whole number >= 1"])
     rows = read_rows(files, size=size, overrides=overrides, target=target)
+    rows = [replace(row, notes=(note, *row.notes)) for row in rows] if note else rows
     problems = []
     for row in rows:
         try:
@@ -89,8 +93,9 @@ def sweep_command(
         raise ConfigError(problems)
     out = out or default_out(rows)
     failed = run_sweep(rows, seeds, out=out, num_jobs=num_jobs)
+    write_pictures(rows, seeds, out)
     print((out / "table.md").read_text(encoding="utf-8"))
-    print(f"{out}: table.md, table.csv, final.png, rounds.png")
+    print(f"{out}: {', '.join(name for name in _WRITTEN if (out / name).exists())}")
     for job in failed:
         print(f"fbl-flower: {job.row.name}, seed {job.seed} failed; its log: {job.log}", file=sys.stderr)
     return 1 if failed else 0
@@ -105,7 +110,7 @@ def default_out(rows: Sequence[Row]) -> Path:
 def run_sweep(
     rows: Sequence[Row], seeds: Sequence[int], *, out: Path, num_jobs: int, start: Callable[[Job], Process] | None = None
 ) -> list[Job]:
-    """Run every row under every seed that has no result yet, and write table and pictures; return the jobs that failed.
+    """Run every row under every seed that has no result yet, and write the table; return the jobs that failed.
 
     Args:
         rows: The rows, in the order of the table.
@@ -148,7 +153,6 @@ def run_sweep(
         for _, process in running:
             process.wait()
     write_table(rows, seeds, out)
-    write_pictures(rows, seeds, out)
     return failed
 
 
