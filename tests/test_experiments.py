@@ -116,7 +116,7 @@ def test_a_base_is_no_row(tmp_path: Path) -> None:
 
 def test_overrides_from_the_command_line(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", a=row_text("data.name = 'cifar10'"))
-    (row,) = read_rows([folder], overrides={"data.path": "/home/me/cifar", "data.alpha": 0.5})
+    (row,) = read_rows([folder], overrides={"data.path": "/home/me/cifar", "data.alpha": 0.5, "state-dir": "/s"})
     assert row.config.data.path == "/home/me/cifar" and row.config.data.alpha == 0.5
     assert row.command((0,)) == f"fbl-flower sweep {folder / 'a.toml'} -c 'data.path=\"PATH\" data.alpha=0.5' --seeds 0"
     assert problems_of(folder, overrides={"seed": 1, "data.alfa": 1}) == [

@@ -16,6 +16,7 @@ from fbl_flower.commands.sweep_job import remove_run, run_one
 from fbl_flower.config import Value, to_toml
 from fbl_flower.federation.local import run_local
 
+SETS = sorted((Path(__file__).parents[1] / "experiments").glob("0*"))
 GIVEN = ("pictures", "output-dir")
 
 
@@ -47,7 +48,7 @@ def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(
     assert resumed["config"] == whole["config"] and resumed["config"]["seed"] == 0
     assert (tmp_path / "state" / "clients" / run_dir.name).is_dir()
     remove_run(row, 0, keep)
-    assert not keep.exists() and not (tmp_path / "state" / "clients" / run_dir.name).exists()
+    assert tmp_path.is_dir() and not keep.exists() and not (tmp_path / "state" / "clients" / run_dir.name).exists()
 
 
 def test_a_run_directory_that_does_not_fit_is_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +85,17 @@ def test_wrong_labels_among_the_kept_images(tmp_path: Path) -> None:
     plain = run_one(make_row(tmp_path, balancing__enabled=False, **settings), 0, keep=tmp_path / "3")
     assert "wrong_labels" not in plain  # nobody chooses
     shutil.rmtree(tmp_path / "state")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", SETS, ids=lambda path: path.name)
+def test_every_row_of_every_set_runs(folder: Path, tmp_path: Path) -> None:
+    """On the digits, with the tiny model, four clients and one round in place of the set's own."""
+    small = {key: value for key, value in quick(tmp_path, num_server_rounds=1).items() if key not in GIVEN}
+    small |= dict.fromkeys(("data.num-test", "data.num-public", "data.num-validation"), -1) | {"data.image-size": 0}
+    for row in read_rows([folder], overrides=small):
+        result = run_one(row, 0, keep=tmp_path / row.name)
+        assert 0 <= result["accuracy"]["1"] <= 1, row.name
 
 
 def test_the_memory_of_this_process_is_known() -> None:

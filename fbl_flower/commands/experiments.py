@@ -53,7 +53,8 @@ class Row:
 
     def command(self, seeds: Sequence[int]) -> str:
         """Return the command that gives the row's line again; a path on this machine is no part of it."""
-        shown = {key: "PATH" if key.endswith((".path", "-dir")) else value for key, value in self.overrides.items()}
+        needed = {key: value for key, value in self.overrides.items() if key == "data.path" or key not in _NO_NUMBERS}
+        shown = {key: "PATH" if key.endswith(".path") else value for key, value in needed.items()}
         pairs = to_toml(shown).replace(" = ", "=").split("\n")[:-1]
         parts = ["fbl-flower", "sweep", str(self.file)]
         parts += ["--size", self.size] if self.size else []

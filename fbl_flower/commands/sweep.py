@@ -76,6 +76,7 @@ def sweep_command(
     Raises:
         ConfigError: Lists what is wrong in any of the files, or does not fit the data; nothing has been run then.
     """
+    from fbl_flower.data.datasets import forget_parts
     from fbl_flower.federation.preflight import preflight
 
     if num_jobs < 1:
@@ -91,6 +92,7 @@ def sweep_command(
             problems += [f"{row.file}: {problem}" for problem in found]
     if problems:
         raise ConfigError(problems)
+    forget_parts()  # the jobs read the data themselves, and need the memory
     out = out or default_out(rows)
     failed = run_sweep(rows, seeds, out=out, num_jobs=num_jobs)
     write_pictures(rows, seeds, out)

@@ -6,6 +6,7 @@ A federation's run directory lies in `runs/SEED` beside the result until that is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -66,6 +67,8 @@ def remove_run(row: Row, seed: int, keep: Path) -> None:
     for run in keep.iterdir() if keep.is_dir() else ():
         shutil.rmtree(state_folder(row.config.state_dir, run.name, 0).parent, ignore_errors=True)
     shutil.rmtree(keep, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other seeds' runs are there
+        keep.parent.rmdir()
 
 
 def _run_federation(config: RunConfig) -> tuple[dict[str, Any], float]:
