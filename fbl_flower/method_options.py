@@ -49,7 +49,7 @@ class FedGenConfig:
     diversity: float = option(1.0, "weight of the generator's diversity loss", low=0.0)
     learning_rate: float = option(3e-4, "step size of the generator (Adam)", above=0.0)
     steps: int = option(50, "steps of the generator in a round", low=1)
-    batch_size: int = option(128, "features per step of the generator", low=2)
+    batch_size: int = option(32, "features per step of the generator", low=2)
     hidden_width: int = option(256, "hidden units of the generator", low=1)
     noise_width: int = option(32, "numbers of noise for each feature vector", low=1)
 

@@ -48,6 +48,19 @@ def make_plan(
     )
 
 
+def make_rich_plan(counts: np.ndarray, *, filling: bool = True) -> BalancePlan:
+    """Plan for a compute-rich client, B_k = max_c n_k^c: nothing is discarded, and every class is filled up to the largest.
+
+    The set grows to C * max_c n_k^c images, so its size tells how large the client's largest class is.
+
+    Args:
+        counts: int [C], the client's real images of each class.
+        filling: Whether to fill; if not, the client's data stays as it is.
+    """
+    fill = counts.max() - counts if filling else np.zeros_like(counts)
+    return BalancePlan(keep=counts.copy(), fill=fill)
+
+
 def balance_targets(counts: np.ndarray, *, tie_break: np.random.Generator) -> np.ndarray:
     """Return int64 [C], the whole-numbered balance point of each class.
 

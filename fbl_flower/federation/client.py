@@ -18,8 +18,12 @@ from fbl_flower.balancing.state import StateStore
 from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.errors import DataError, FBLError
 from fbl_flower.federation.wire import NodeDescription, Reply, Request, code_fingerprint
+from fbl_flower.methods.base import State
+from fbl_flower.methods.choice import local_method
 from fbl_flower.params import all_finite
+from fbl_flower.roundstore import Record, RoundStore
 from fbl_flower.training.prepare import ClientData, prepare_client
+from fbl_flower.training.roles import Role, role_of
 from fbl_flower.training.round import run_local_round
 
 app = ClientApp()
@@ -66,6 +70,8 @@ def describe(message: Message, context: Context) -> Message:
         partition_id=int(str(node.get("partition-id", 0))),
         num_partitions=int(str(node.get("num-partitions", 1))),
         code=code_fingerprint(),
+        capability=str(node.get("capability", "")),
+        method=str(node.get("method", "")),
     )
     return Message(description.to_record(), reply_to=message)
 
@@ -75,7 +81,8 @@ def describe(message: Message, context: Context) -> Message:
 def prepare(message: Message, context: Context) -> Message:
     """Get one client's data ready: what is already on its disk is not generated again."""
     config, request = _config(context), Request.from_record(message.content)
-    _client_data(config, request.client, _state_dir(context), _own_folder(config, context))
+    role = _role(config, request.client, context)
+    _client_data(config, request.client, _state_dir(context), _own_folder(config, context), role.capability)
     return Message(RecordDict(), reply_to=message)
 
 
@@ -86,9 +93,13 @@ def train(message: Message, context: Context) -> Message:
     started = time.perf_counter()
     config, request = _config(context), Request.from_record(message.content)
     # Prepared at first contact, if it was not before.
-    data = _client_data(config, request.client, _state_dir(context), _own_folder(config, context))
+    role = _role(config, request.client, context)
+    data = _client_data(config, request.client, _state_dir(context), _own_folder(config, context), role.capability)
     store = StateStore(state_folder(_state_dir(context), request.run, request.client))
     state = store.load(before_round=request.server_round)
+    method_store = _method_store(store.folder / role.method)
+    # Of the last round whose result the server has: what came of a lost reply is no part of the server's own state.
+    method_state = method_store.load(before_round=request.last_round + 1)
     result = run_local_round(
         request.arrays,
         data,
@@ -96,8 +107,21 @@ def train(message: Message, context: Context) -> Message:
         config=config,
         server_round=request.server_round,
         averaged_embeddings=request.embeddings,
+        method=local_method(
+            role.method,
+            config,
+            client=request.client,
+            server_round=request.server_round,
+            received=request.extras.get(role.method, {}),
+            state=method_state,
+        ),
     )
-    if result.state is not None and all_finite(result.arrays) and bool(result.state.embeddings.isfinite().all()):
+    finished = result.finished
+    finite = all_finite(result.arrays) and all_finite(finished.sent)
+    finite = finite and (result.state is None or bool(result.state.embeddings.isfinite().all()))
+    if finite and finished.state is not None:
+        method_store.save(finished.state, server_round=request.server_round, checkpoint_round=request.checkpoint_round)
+    if finite and result.state is not None:
         store.save(result.state, server_round=request.server_round, checkpoint_round=request.checkpoint_round)
         if config.balancing.alignment:
             with (store.folder / "alignment.jsonl").open("a") as file:  # for the client's own eyes
@@ -105,12 +129,14 @@ def train(message: Message, context: Context) -> Message:
     shares = config.balancing.average_embeddings and result.state is not None
     reply = Reply(
         arrays=result.arrays,
-        num_examples=result.num_examples,
+        num_examples=result.num_real if config.aggregation.weight_by == "real" else result.num_examples,
         num_real=result.num_real,
         loss=result.training.loss if result.training else 0.0,
         seconds=time.perf_counter() - started,
-        forgot=request.last_round > 0 and state is None and result.state is not None,
+        forgot=request.last_round > 0
+        and ((state is None and result.state is not None) or (method_state is None and finished.state is not None)),
         embeddings=result.state.embeddings.numpy() if shares and result.state is not None else None,
+        extras={role.method: finished.sent} if finished.sent else {},
     )
     return Message(reply.to_record(), reply_to=message)
 
@@ -132,6 +158,16 @@ def _state_dir(context: Context) -> Path:
     return Path(str(context.node_config.get("state-dir", context.run_config.get("state-dir", "~/.fbl")))).expanduser()
 
 
+def _role(config: RunConfig, client: int, context: Context) -> Role:
+    """Return the client's role; `capability` and `method` of the node's own config come before what the seed draws."""
+    node = context.node_config
+    return role_of(config, client, capability=str(node.get("capability", "")), method=str(node.get("method", "")))
+
+
+def _method_store(folder: Path) -> RoundStore[State]:
+    return RoundStore(folder, pack=lambda state: Record(tensors=state), unpack=lambda record: record.tensors)
+
+
 def _own_folder(config: RunConfig, context: Context) -> Path | None:
     """Return the folder with the images of the node's one client (`data-path` of its node config), or None."""
     path = str(context.node_config.get("data-path", ""))
@@ -148,7 +184,7 @@ def _own_folder(config: RunConfig, context: Context) -> Path | None:
 
 
 @functools.lru_cache(maxsize=128)
-def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Path | None) -> ClientData:
+def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Path | None, capability: str) -> ClientData:
     """Prepare a client, once per process and configuration; progress goes to the node's own terminal."""
     if not _log.handlers:
         _log.addHandler(logging.StreamHandler())
@@ -163,7 +199,14 @@ def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Pa
             _log.info("client %d: %d %% of its synthetic images generated", client, 25 * quarter)
             told = quarter
 
-    data = prepare_client(config, client, cache_folder=state_dir / "cache", own_folder=own_folder, progress=progress)
+    data = prepare_client(
+        config,
+        client,
+        cache_folder=state_dir / "cache",
+        own_folder=own_folder,
+        progress=progress,
+        capability=capability,
+    )
     if data.unfilled > 0:
         _log.warning(
             "client %d: %.0f %% of its synthetic images are missing: generator.time-budget ran out; real ones stay instead, and "

@@ -9,6 +9,7 @@ from fbl_flower.data.partition import partition
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, GeneratorError
 from fbl_flower.generation.loading import check_generator
+from fbl_flower.training.roles import drawn_roles
 
 
 def preflight(config: RunConfig) -> None:
@@ -31,7 +32,8 @@ def preflight(config: RunConfig) -> None:
             check()
         except ConfigError as error:
             problems += error.problems
-    needed = (config.balancing.enabled and config.balancing.filling) or config.warm_start.enabled
+    somebody_fills = any(role.capability != "none" for role in drawn_roles(config))
+    needed = (config.balancing.enabled and config.balancing.filling and somebody_fills) or config.warm_start.enabled
     generator_problems = check_generator(config, parts) if needed else []
     if problems:
         raise ConfigError(problems + generator_problems)

@@ -8,7 +8,7 @@ Flower draws anew each run, decide nothing.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from fbl_flower.errors import RunFailed
 from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.wire import DESCRIBE, NodeDescription, code_fingerprint
+from fbl_flower.training.roles import stated_problems
 
 _PAUSE = 0.05
 
@@ -27,17 +28,20 @@ class Roster:
     Attributes:
         node_of: The node id of each client that some node hosts, by client number.
         absent: Clients that no node hosts, because it did not come or did not answer.
+        described: What each client's node says of itself, by client number.
     """
 
     node_of: dict[int, int]
     absent: list[int]
+    described: dict[int, NodeDescription] = field(default_factory=dict)
 
 
 def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
     """Wait for the nodes, ask each who it is, and give every client to a node.
 
     Raises:
-        RunFailed: No node came, none described itself, two claim the same place, or one runs other code than the server.
+        RunFailed: No node came, none described itself, two claim the same place, or one runs other code than the server or states a
+            capability or a method that there is not.
     """
     deadline = time.monotonic() + timeout
     nodes = _wait_for_nodes(grid, 1, deadline)
@@ -53,6 +57,13 @@ def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
                 "Flower's background SuperLink was first started; stop it with `fbl-flower superlink stop` and run again. "
                 "In a deployment, install the same version on every machine."
             )
+    wrong = [
+        f"node {d.partition_id}: {problem}"
+        for _, d in sorted(described.items())
+        for problem in stated_problems(d.capability, d.method)
+    ]
+    if wrong:
+        raise RunFailed("nothing was trained; " + "; ".join(wrong))
     place: dict[int, int] = {}
     for node, description in sorted(described.items()):
         if description.partition_id in place:
@@ -61,7 +72,11 @@ def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
     hosts = {client: place[client % expected] for client in range(num_clients) if client % expected in place}
     if not hosts:
         raise RunFailed(f"{len(nodes)} nodes connected, and none hosts a client; wanted partition-id from 0 to {expected - 1}")
-    return Roster(node_of=hosts, absent=[client for client in range(num_clients) if client not in hosts])
+    return Roster(
+        node_of=hosts,
+        absent=[client for client in range(num_clients) if client not in hosts],
+        described={client: described[node] for client, node in hosts.items()},
+    )
 
 
 def _wait_for_nodes(grid: Grid, number: int, deadline: float) -> list[int]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from typing import Any
 
@@ -23,16 +24,19 @@ from fbl_flower.data.datasets import DataParts, load_parts, scored_part
 from fbl_flower.device import pick_device
 from fbl_flower.errors import FBLError, RunFailed
 from fbl_flower.federation.exchange import ask
+from fbl_flower.federation.method_rounds import announce, packed_state, roles_of, update_of
 from fbl_flower.federation.preflight import preflight
 from fbl_flower.federation.report import write_report
 from fbl_flower.federation.roster import Roster, call_roll
 from fbl_flower.federation.wire import PREPARE, TRAIN, Reply, Request, array_record
-from fbl_flower.models import new_classifier
+from fbl_flower.methods.server import lacks_arrays, model_to_average, next_state, with_first_state
+from fbl_flower.models import empty_classifier, new_classifier
 from fbl_flower.params import Arrays, all_finite, to_arrays, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 from fbl_flower.seeding import numpy_stream
 from fbl_flower.training.central import warm_start_model
 from fbl_flower.training.evaluation import Evaluation, evaluate
+from fbl_flower.training.roles import Role
 from fbl_flower.training.round import load_classifier
 
 app = ServerApp()
@@ -78,6 +82,7 @@ class _Federation:
         self.parts: DataParts = load_parts(config.data)
         self.device = pick_device(config)
         self.last_round: dict[int, int] = {}  # the last round in which a client succeeded
+        self.roles: dict[int, Role] = {}
 
     def run(self, start: Checkpoint | None) -> None:
         config = self.config
@@ -85,6 +90,7 @@ class _Federation:
         if config.balancing.enabled and config.balancing.average_embeddings:
             log(WARNING, "balancing.average-embeddings: vectors that moved tell the server which classes a client fills")
         roster = call_roll(self.grid, num_clients=config.num_clients, timeout=config.timeout)
+        announce(roles_of(config, roster), balancing=config.balancing.enabled)
         unprepared = dict.fromkeys(roster.absent, "no node hosts it")
         for client, reason in unprepared.items():
             log(WARNING, "Client %d takes no part: %s", client, reason)
@@ -95,6 +101,8 @@ class _Federation:
         for row in self.run_dir.read_rows("metrics.jsonl"):
             self.last_round |= dict.fromkeys(row.get("clients", ()), row["round"])
         for server_round in range(point.server_round + 1, config.num_server_rounds + 1):
+            self.roles = roles_of(config, roster)
+            point = self._with_method_state(point)
             result = self._train(roster, point, server_round, checkpoint_round)
             point = self._aggregate(result, point, server_round)
             self._record(result, point)
@@ -141,11 +149,19 @@ class _Federation:
         self.run_dir.write_checkpoint(point)
         return point
 
+    def _with_method_state(self, point: Checkpoint) -> Checkpoint:
+        def parameters() -> Iterator[tuple[str, torch.nn.Parameter]]:
+            info = self.parts.info
+            return empty_classifier(self.config.model, channels=info.channels, num_classes=info.num_classes).named_parameters()
+
+        methods = {role.method for role in self.roles.values()}
+        return replace(point, method_state=with_first_state(point.method_state, methods, parameters))
+
     def _train(self, roster: Roster, point: Checkpoint, server_round: int, checkpoint_round: int) -> _Round:
         started = time.perf_counter()
         chosen = choose_clients(self.config, sorted(roster.node_of), server_round)
         requests: dict[int, tuple[int, RecordDict]] = {}
-        packed = array_record(point.arrays)
+        packed, packed_extras = array_record(point.arrays), packed_state(point.method_state)
         for client in chosen:
             request = Request(
                 run=self.run_dir.identity,
@@ -156,17 +172,22 @@ class _Federation:
                 arrays=point.arrays,
                 embeddings=point.embeddings,
             )
-            requests[client] = (roster.node_of[client], request.to_record(packed))
+            extra = packed_extras.get(self.roles[client].method)
+            requests[client] = (roster.node_of[client], request.to_record(packed, extra))
         answers = ask(self.grid, requests, TRAIN, timeout=self.config.timeout)
         failures = dict(answers.failures)
         replies: dict[int, Reply] = {}
         for client, content in answers.contents.items():
             reply = Reply.from_record(content)
             vectors = {} if reply.embeddings is None else {"P": reply.embeddings}
-            if all_finite(reply.arrays) and all_finite(vectors) and math.isfinite(reply.loss):
-                replies[client] = reply
-            else:
+            update = update_of(reply, self.roles[client])
+            sent = (reply.arrays, vectors, update.extra)
+            if not (all(map(all_finite, sent)) and math.isfinite(reply.loss)):
                 failures[client] = "its model or its loss is not finite"
+            elif lacks_arrays(update, point.method_state):
+                failures[client] = f"it did not send the arrays of its method, {update.method}"
+            else:
+                replies[client] = reply
             if reply.forgot:
                 log(
                     WARNING, "Round %d: client %d finds nothing of this run on its disk and starts afresh", server_round, client
@@ -184,13 +205,21 @@ class _Federation:
         replies = list(result.replies.values())
         weights = [float(r.num_real if by_real else r.num_examples) for r in replies]
         if sum(weights) == 0:  # only clients without images: nothing was learned
-            return Checkpoint(server_round=server_round, arrays=point.arrays, embeddings=point.embeddings)
+            return replace(point, server_round=server_round)
         embeddings = point.embeddings
         shared = [(r.embeddings, w) for r, w in zip(replies, weights, strict=True) if r.embeddings is not None and w > 0]
         if embeddings is not None and shared:
             embeddings = weighted_mean([{"P": e} for e, _ in shared], [w for _, w in shared])["P"]
-        arrays = weighted_mean([r.arrays for r in replies], weights)
-        return Checkpoint(server_round=server_round, arrays=arrays, embeddings=embeddings)
+        updates = [update_of(reply, self.roles[client]) for client, reply in result.replies.items()]
+        arrays = weighted_mean([model_to_average(u, point.arrays, self.config) for u in updates], weights)
+        method_state = next_state(
+            point.method_state,
+            updates,
+            config=self.config,
+            num_scaffold=sum(role.method == "scaffold" for role in self.roles.values()),
+            server_round=server_round,
+        )
+        return Checkpoint(server_round=server_round, arrays=arrays, embeddings=embeddings, method_state=method_state)
 
     def _record(self, result: _Round, point: Checkpoint) -> None:
         """Evaluate on the whole test set (or validation part), and write one line of metrics and one of timings."""

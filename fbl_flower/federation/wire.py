@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from flwr.common.constant import SType
 from fbl_flower.params import Arrays
 
 DESCRIBE, PREPARE, TRAIN = "query.describe", "train.prepare", "train"
+_EXTRA = "extra."  # before a method's name: its own arrays in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +30,19 @@ class NodeDescription:
     Attributes:
         partition_id, num_partitions: The node's place among the nodes.
         code: Fingerprint of the code that the node runs (`code_fingerprint`).
+        capability, method: As the node states them in its node config; empty where it does not.
     """
 
     partition_id: int
     num_partitions: int
     code: str
+    capability: str = ""
+    method: str = ""
 
     def to_record(self) -> RecordDict:
         fields: dict[str, int | str] = {
             "partition-id": self.partition_id, "num-partitions": self.num_partitions, "code": self.code,
+            "capability": self.capability, "method": self.method,
         }  # fmt: skip
         return RecordDict({"node": ConfigRecord(dict(fields))})
 
@@ -48,6 +53,8 @@ class NodeDescription:
             partition_id=int(str(node["partition-id"])),
             num_partitions=int(str(node["num-partitions"])),
             code=str(node["code"]),
+            capability=str(node["capability"]),
+            method=str(node["method"]),
         )
 
 
@@ -63,6 +70,7 @@ class Request:
         last_round: The last round in which the client succeeded; 0 if none yet.
         arrays: The global model; empty while preparing.
         embeddings: float [C, D], averaged alignment vectors, where that setting is on; else None.
+        extras: For each method that needs more than the model, its named arrays.
     """
 
     run: str
@@ -72,9 +80,12 @@ class Request:
     last_round: int = 0
     arrays: Mapping[str, np.ndarray]
     embeddings: np.ndarray | None = None
+    extras: Mapping[str, Arrays] = field(default_factory=dict)
 
-    def to_record(self, packed: ArrayRecord | None = None) -> RecordDict:
-        """Pack the request; `packed`, if given, holds `arrays` already (the same for every client of a round)."""
+    def to_record(
+        self, packed: ArrayRecord | None = None, packed_extras: Mapping[str, ArrayRecord] | None = None
+    ) -> RecordDict:
+        """Pack the request; `packed` and `packed_extras`, if given, hold `arrays` and `extras` already: a round has many clients."""
         numbers: dict[str, int | str] = {
             "run": self.run, "client": self.client, "server-round": self.server_round,
             "checkpoint-round": self.checkpoint_round, "last-round": self.last_round,
@@ -82,6 +93,8 @@ class Request:
         content = RecordDict({"request": ConfigRecord(dict(numbers)), "arrays": packed or array_record(self.arrays)})
         if self.embeddings is not None:
             content["embeddings"] = array_record({"P": self.embeddings})
+        for method, extra in (packed_extras or _packed(self.extras)).items():
+            content[_EXTRA + method] = extra
         return content
 
     @classmethod
@@ -95,6 +108,7 @@ class Request:
             last_round=int(str(numbers["last-round"])),
             arrays=named_arrays(content.array_records["arrays"]),
             embeddings=_embeddings(content),
+            extras=_extras(content),
         )
 
 
@@ -104,12 +118,13 @@ class Reply:
 
     Attributes:
         arrays: The client's model.
-        num_examples: Size of the set that it trained on.
+        num_examples: Size of the set that it trained on; with `aggregation.weight-by = "real"` that of its real images.
         num_real: Its real images.
         loss: Mean training loss; 0 for a client without images.
         seconds: Time that the client took.
         forgot: Whether the client took part before and finds nothing of it on its disk: it started afresh.
         embeddings: The client's alignment vectors, only where averaging them is on.
+        extras: For a method that sends more than the model, its named arrays: the same names from every client of it.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -119,6 +134,7 @@ class Reply:
     seconds: float
     forgot: bool = False
     embeddings: np.ndarray | None = None
+    extras: Mapping[str, Arrays] = field(default_factory=dict)
 
     def to_record(self) -> RecordDict:
         metrics: dict[str, int | float] = {
@@ -128,6 +144,8 @@ class Reply:
         content = RecordDict({"arrays": array_record(self.arrays), "metrics": MetricRecord(dict(metrics))})
         if self.embeddings is not None:
             content["embeddings"] = array_record({"P": self.embeddings})
+        for method, extra in _packed(self.extras).items():
+            content[_EXTRA + method] = extra
         return content
 
     @classmethod
@@ -141,6 +159,7 @@ class Reply:
             seconds=float(str(metrics["seconds"])),
             forgot=bool(metrics["forgot"]),
             embeddings=_embeddings(content),
+            extras=_extras(content),
         )
 
 
@@ -195,3 +214,15 @@ def code_fingerprint() -> str:
 
 def _embeddings(content: RecordDict) -> np.ndarray | None:
     return named_arrays(content.array_records["embeddings"])["P"] if "embeddings" in content else None
+
+
+def _packed(extras: Mapping[str, Arrays]) -> dict[str, ArrayRecord]:
+    return {method: array_record(arrays) for method, arrays in extras.items()}
+
+
+def _extras(content: RecordDict) -> dict[str, Arrays]:
+    return {
+        name.removeprefix(_EXTRA): named_arrays(record)
+        for name, record in content.array_records.items()
+        if name.startswith(_EXTRA)
+    }

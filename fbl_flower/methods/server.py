@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,9 +33,16 @@ class Update:
     extra: Mapping[str, np.ndarray]
 
 
-def first_state(methods: Iterable[str], parameters: Iterable[tuple[str, torch.Tensor]]) -> ServerState:
-    """Return the state before round 1, of the methods in use. FedGen's begins after it: the generator has nothing to learn from yet."""
-    return {"scaffold": first_variate(parameters)} if "scaffold" in methods else {}
+def with_first_state(
+    state: ServerState, methods: Iterable[str], parameters: Callable[[], Iterable[tuple[str, torch.Tensor]]]
+) -> ServerState:
+    """Return `state` with the first one of those `methods` that have none yet; `parameters` is asked for the model's if it is needed.
+
+    FedGen's begins after its first round: before it the generator has nothing to learn from.
+    """
+    if "scaffold" in state or "scaffold" not in methods:
+        return state
+    return state | {"scaffold": first_variate(parameters())}
 
 
 def lacks_arrays(update: Update, state: ServerState) -> bool:

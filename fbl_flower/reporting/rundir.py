@@ -5,7 +5,7 @@ versions.json        Python and packages
 metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count
 timings.jsonl        one line a round, clock times
 summary.json         status, final accuracy, what went wrong
-checkpoint.safetensors   the last checkpoint: model, round
+checkpoint.safetensors   the last checkpoint: model, round, and what the server keeps for SCAFFOLD and FedGen
 model.safetensors    the final model
 *.png                pictures
 """
@@ -19,7 +19,7 @@ import platform
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ _PACKAGES = ("fbl-flower", "flwr", "torch", "torchvision", "diffusers", "optimum
 # What may change when a run is resumed: it does not touch what a round computes.
 _FREE = {"resume", "num-server-rounds", "output-dir", "checkpoint-every", "timeout", "pictures"}
 _EMBEDDINGS = "alignment-embeddings"  # name of the averaged vectors beside the model's own names
+_METHOD = "method-state/"  # before a method's name, "/", and the name of an array that the server keeps for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,13 @@ class Checkpoint:
         server_round: The last finished round.
         arrays: The global model after it.
         embeddings: Averaged alignment vectors, where that setting is on.
+        method_state: What the server keeps for methods, by method and name.
     """
 
     server_round: int
     arrays: Arrays
     embeddings: np.ndarray | None
+    method_state: dict[str, Arrays] = field(default_factory=dict)
 
 
 class RunDirectory:
@@ -138,6 +141,8 @@ class RunDirectory:
         tensors = dict(checkpoint.arrays)
         if checkpoint.embeddings is not None:
             tensors[_EMBEDDINGS] = checkpoint.embeddings
+        for method, arrays in checkpoint.method_state.items():
+            tensors |= {f"{_METHOD}{method}/{name}": array for name, array in arrays.items()}
         blob = save(_contiguous(tensors), metadata={"server_round": str(checkpoint.server_round)})
         _replace(self.path / "checkpoint.safetensors", blob)
 
@@ -153,7 +158,13 @@ class RunDirectory:
             ) from error
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"resume: {path} is damaged ({error}); start the run again") from error
-        return Checkpoint(server_round=server_round, embeddings=arrays.pop(_EMBEDDINGS, None), arrays=arrays)
+        method_state: dict[str, Arrays] = {}
+        for name in [name for name in arrays if name.startswith(_METHOD)]:
+            method, own_name = name.removeprefix(_METHOD).split("/", 1)
+            method_state.setdefault(method, {})[own_name] = arrays.pop(name)
+        return Checkpoint(
+            server_round=server_round, embeddings=arrays.pop(_EMBEDDINGS, None), arrays=arrays, method_state=method_state
+        )
 
     def _cut(self, name: str, last_round: int) -> None:
         kept = []

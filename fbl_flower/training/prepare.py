@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fbl_flower.balancing.filling import fill
-from fbl_flower.balancing.plan import BalancePlan, cap_filling, limit_filling, make_plan
+from fbl_flower.balancing.plan import BalancePlan, cap_filling, limit_filling, make_plan, make_rich_plan
 from fbl_flower.config import RunConfig
 from fbl_flower.data.client_folder import client_folder_parts
 from fbl_flower.data.corruption import believed_labels, private_examples
@@ -24,6 +24,7 @@ from fbl_flower.generation.loading import load_generator
 from fbl_flower.generation.protocol import ImageGenerator
 from fbl_flower.seeding import numpy_stream
 from fbl_flower.training.loop import Augmentation
+from fbl_flower.training.roles import drawn_roles
 
 # accelerate patches nn.Module while a network is laid out: two threads must not load, or make a classifier, at once.
 _LOADING = threading.Lock()
@@ -60,6 +61,7 @@ def prepare_client(
     cache_folder: Path,
     own_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    capability: str = "",
 ) -> ClientData:
     """Load a client's images, plan its balanced set, and generate what is missing and not yet on its disk.
 
@@ -69,10 +71,12 @@ def prepare_client(
         cache_folder: Folder of the client's image cache.
         own_folder: The client's own images, in place of a share of the private part.
         progress: Called with (images generated, images to generate).
+        capability: full, rich or none; empty: as the run's seed draws it.
     """
     parts = _parts(config, own_folder)
+    capability = capability or drawn_roles(config)[client].capability
     real = parts.private if own_folder else client_examples(config, parts, client)
-    plan = client_plan(config, real, parts.info.num_classes, client)
+    plan = client_plan(config, real, parts.info.num_classes, client, capability=capability)
     synthetic, unfilled = real.take(torch.zeros(0, dtype=torch.int64)), 0.0
     if plan is not None and plan.fill.sum() > 0:
         synthetic = fill(
@@ -105,13 +109,18 @@ def client_examples(config: RunConfig, parts: DataParts, client: int) -> Example
     return private_examples(config, parts, torch.from_numpy(owned))
 
 
-def client_plan(config: RunConfig, real: Examples, num_classes: int, client: int) -> BalancePlan | None:
-    """Return the client's plan, or None where balancing is off."""
-    if not config.balancing.enabled:
+def client_plan(
+    config: RunConfig, real: Examples, num_classes: int, client: int, *, capability: str = "full"
+) -> BalancePlan | None:
+    """Return the client's plan, or None where balancing is off or the client cannot generate."""
+    if not config.balancing.enabled or capability == "none":
         return None
     counts, stream = real.counts(num_classes).numpy(), functools.partial(numpy_stream, config.seed, "plan", client)
     b = config.balancing
-    plan = make_plan(counts, tie_break=stream(), sampling=b.sampling != "none", filling=b.filling)
+    if capability == "rich":
+        plan = make_rich_plan(counts, filling=b.filling)
+    else:
+        plan = make_plan(counts, tie_break=stream(), sampling=b.sampling != "none", filling=b.filling)
     allowed = cap_filling(plan, share=b.max_filled_share, tie_break=stream())
     return limit_filling(plan, counts, allowed, tie_break=stream())
 
