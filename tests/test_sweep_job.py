@@ -133,14 +133,16 @@ def test_the_first_job_runs_alone_until_its_peak_has_settled() -> None:
     assert not gate.may_start([1])  # it still grows
     machine.time, machine.of_pid["p1"] = 15, (900, 1000)
     assert not gate.may_start([1])
-    machine.time = 36
-    assert gate.may_start([1]) and machine.said == []  # needs 1100, and 2500 - 100 that the first may still take are free
-    machine.of_pid["p2"], machine.free = (200, 200), 1900
-    assert not gate.may_start([1, 2])  # 1900 - 100 - 800 = 1000 < 1100
+    machine.time, machine.of_pid["p1"] = 34, (900, 1010)
+    assert not gate.may_start([1])
+    machine.time, machine.of_pid["p1"] = 36, (900, 1010)  # what creeps by less than two percent has settled
+    assert gate.may_start([1]) and machine.said == []  # needs 1111, and 2500 - 110 that the first may still take are free
+    machine.of_pid["p2"], machine.free = (200, 200), 1930
+    assert not gate.may_start([1, 2])  # 1930 - 110 - 810 = 1010 < 1111
     assert not gate.may_start([1, 2]) and len(machine.said) == 1
-    assert "takes up to 1000 MiB, and 1000 MiB are left beside the 2 that run" in machine.said[0]
+    assert "takes up to 1010 MiB, and 1010 MiB are left beside the 2 that run" in machine.said[0]
     del machine.of_pid["p1"]
-    assert gate.may_start([2])  # the first has ended: 1900 - 800 = 1100
+    assert gate.may_start([2])  # the first has ended: 1930 - 810 = 1120
 
 
 def test_what_finished_jobs_took_is_known_from_the_start() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from fbl_flower.generation.memory import free_bytes
 
 _SETTLED_S = 20.0  # a job whose peak has not grown for so long is believed to have shown it
+_STEADY = 1.02  # an allocator's peak creeps on for as long as a job runs
 _MARGIN = 1.1
 
 
@@ -47,6 +48,7 @@ class MemoryGate:
     ) -> None:
         self._need = max(known, default=0)
         self._known = bool(known)
+        self._settled = 0
         self._grown = clock()
         self._measure, self._free, self._clock, self._say = measure, free, clock, say
         self._said = False
@@ -58,12 +60,13 @@ class MemoryGate:
     def may_start(self, pids: Sequence[int]) -> bool:
         """Say whether another job may start beside the processes `pids`; always, if there is none."""
         if not pids:
-            self._grown = self._clock()
+            self._settled, self._grown = 0, self._clock()
             return True
         measured = [found for pid in pids if (found := self._measure(pid)) is not None]
         peak = max((most for _, most in measured), default=0)
-        if peak > self._need:
-            self._need, self._grown = peak, self._clock()
+        self._need = max(self._need, peak)
+        if peak > _STEADY * self._settled:
+            self._settled, self._grown = peak, self._clock()
         free = self._free()
         if not self._need or free is None:
             return True
