@@ -303,3 +303,25 @@ def test_a_job_is_started_with_its_size_and_overrides(tmp_path: Path, monkeypatc
         *("--row", str(row.file), "--size", "paper", "--overrides", '{"data.alpha": 0.5}', "--seed", "3"),
         *("--out", str(tmp_path / "out" / "3.json")),
     ]
+
+
+def test_nothing_runs_while_a_file_is_broken_or_does_not_fit_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a job was started")
+
+    monkeypatch.setattr(sweep, "run_sweep", refuse)
+    write_row(tmp_path, "1-fine")
+    broken = [write_row(tmp_path, name, "title = ") for name in ("2-broken", "3-broken")]
+    with pytest.raises(ConfigError) as caught:
+        sweep.sweep_command(files=[tmp_path], seeds=(0,), num_jobs=1, out=tmp_path / "out")
+    assert [problem.split(": cannot be read")[0] for problem in caught.value.problems] == [str(file) for file in broken]
+    head = 'title = "t"\nkind = "federation"\n[config]\ndata.name = "digits"\n'
+    write_row(tmp_path, "2-broken", head + "data.num-test = 5000")
+    write_row(tmp_path, "3-broken", head + "data.evaluate-on = 'validation'\ndata.num-validation = 0")
+    with pytest.raises(ConfigError) as caught:  # each in a table of its own, since they are scored differently
+        sweep.sweep_command(files=[broken[0]], seeds=(0,), num_jobs=1, out=tmp_path / "out")
+    assert caught.value.problems[0].startswith(f"{broken[0]}: data: 5000 test")
+    with pytest.raises(ConfigError) as caught:
+        sweep.sweep_command(files=[broken[1]], seeds=(0,), num_jobs=1, out=tmp_path / "out")
+    assert caught.value.problems[0].startswith(f"{broken[1]}: data.evaluate-on: validation, but")
+    assert not (tmp_path / "out").exists()
