@@ -28,6 +28,10 @@ from fbl_flower.training.prepare import client_examples
 NUM_CLIENTS = 3
 
 
+# Two of three clients are rich or run SCAFFOLD. The size of a rich client's set would tell; with real weights it stays there.
+MIXED = {"clients.rich-share": 0.67, "clients.methods": "scaffold=0.34, moon=0.33", "aggregation.weight-by": "real"}
+
+
 def settings(folder: Path, crowded: int) -> dict[str, Any]:
     """A federation in which every client has far more images of class `crowded` than of any other."""
     folder.mkdir()
@@ -150,10 +154,11 @@ def in_simulation(run_config: dict[str, Any], messages: list[Message]) -> None:
 @pytest.mark.parametrize(
     "engine", [in_process, pytest.param(in_simulation, marks=pytest.mark.real_process)], ids=["in-process", "simulation"]
 )
+@pytest.mark.parametrize("mixed", [{}, MIXED], ids=["alike", "mixed"])
 def test_what_reaches_the_server_does_not_tell_which_class_is_crowded(
-    tmp_path: Path, server_log: list[str], engine: Callable[..., None]
+    tmp_path: Path, server_log: list[str], engine: Callable[..., None], mixed: dict[str, Any]
 ) -> None:
-    zero, seven = settings(tmp_path / "zero", 0), settings(tmp_path / "nine", 7)
+    zero, seven = settings(tmp_path / "zero", 0) | mixed, settings(tmp_path / "nine", 7) | mixed
     for config, crowded in ((zero, 0), (seven, 7)):
         parsed = parse_config(config)
         parts = load_parts(parsed.data)

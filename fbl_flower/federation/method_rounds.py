@@ -31,9 +31,9 @@ def announce(roles: Mapping[int, Role], *, balancing: bool) -> None:
     """Say in the server's log which methods and capabilities there are, where they differ, and warn of what FedGen sends."""
     methods, capabilities = (Counter(kinds) for kinds in zip(*((r.method, r.capability) for r in roles.values()), strict=True))
     if len(methods) > 1:
-        log(INFO, "Methods: %s", ", ".join(f"{name} on {number} clients" for name, number in sorted(methods.items())))
+        log(INFO, "Methods of the clients: %s", _in_words(methods))
     if balancing and capabilities.keys() != {"full"}:
-        log(INFO, "Capabilities: %s", ", ".join(f"{number} {name}" for name, number in sorted(capabilities.items())))
+        log(INFO, "Capabilities of the clients: %s", _in_words(capabilities))
     if methods["fedgen"]:
         log(
             WARNING, "FedGen: its clients send their label counts to the server, as published; class counts do not stay on them"
@@ -48,3 +48,7 @@ def packed_state(state: ServerState) -> dict[str, dict[str, ArrayRecord]]:
 def update_of(reply: Reply, role: Role) -> Update:
     """Return what a client sent, as its method sees it."""
     return Update(method=role.method, arrays=reply.arrays, extra=reply.extras.get(role.method, {}))
+
+
+def _in_words(kinds: Counter[str]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in sorted(kinds.items()))

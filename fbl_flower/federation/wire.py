@@ -1,4 +1,4 @@
-"""What travels between server and clients, and nothing else. Class counts have no field here.
+"""What travels between server and clients, and nothing else. Class counts have no field here; FedGen sends them among its own arrays.
 
 Three kinds of message: `query.describe` (who is there), `train.prepare` (get the data ready), `train` (one round).
 """
