@@ -108,8 +108,18 @@ def _data(options: argparse.Namespace) -> None:
 
 def _sweep(options: argparse.Namespace) -> int:
     from fbl_flower.commands import sweep
+    from fbl_flower.commands.overrides import absolute_paths, read_overrides
 
-    return sweep.sweep_command(files=options.files, seeds=options.seeds, num_jobs=options.jobs, out=options.out)
+    return sweep.sweep_command(
+        files=options.files,
+        seeds=options.seeds,
+        num_jobs=options.jobs,
+        out=options.out,
+        size=options.size,
+        overrides=absolute_paths(read_overrides(options.config)),
+        target=options.target_accuracy,
+        note=options.note,
+    )
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -228,7 +238,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("files", nargs="+", type=Path, metavar="FILE.toml", help="rows, or folders of rows")
     sweep.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="such as 0,1,2 (the default)")
     sweep.add_argument("--jobs", type=int, default=num_cores(), help="processes at a time (default: all cores)")
-    sweep.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="results and table (default: results)")
+    sweep.add_argument("--out", type=Path, metavar="DIR", help="results and table (default: results/FOLDER-SIZE of the rows)")
+    sweep.add_argument("--size", choices=("cpu", "paper"), help="of rows that have both (default: cpu)")
+    sweep.add_argument("--target-accuracy", type=float, metavar="A", help="0 .. 1: count rounds and bytes up to it")
+    sweep.add_argument("--note", default="", metavar="TEXT", help="stands above the table, such as where the data comes from")
+    _add_config(sweep)
     sweep.set_defaults(handler=_sweep)
 
     superlink = commands.add_parser("superlink", help="the background SuperLink that `flwr run` leaves behind")

@@ -57,6 +57,9 @@ class DataConfig:
     classes_per_client: int = option(2, "classes of each client, in the partition classes", low=1)
     noise: float = option(0.0, "standard deviation of Gaussian noise on private images, whose pixels are 0 .. 1", low=0.0)
     wrong_labels: float = option(0.0, "share of private images that get the label of another class", low=0.0, high=1.0)
+    evaluate_on: str = option(
+        "test", "images that the accuracy is measured on; settings are tuned on validation", choices=("test", "validation")
+    )
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -161,6 +164,15 @@ class GeneratorConfig:
     )
     strength: float = option(
         0.3, "text-to-image: how far such a start is turned to noise; small stays close to it", low=0.01, high=1.0
+    )
+    blur: float = option(
+        0.0,
+        "public-images: standard deviation, in pixels, of a Gaussian blur, for images of a worse domain",
+        low=0.0,
+        high=16.0,
+    )
+    noise: float = option(
+        0.0, "public-images: standard deviation of Gaussian noise, after the blur; pixels are 0 .. 1", low=0.0, high=1.0
     )
 
 
@@ -313,6 +325,10 @@ def _conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
     if g.image_to_image and g.name != "text-to-image":
         text = f"generator.image-to-image: true, but generator.name is {g.name!r}; only text-to-image can start from images"
         found.append((("generator.image-to-image", "generator.name"), text))
+    for key, value in (("generator.blur", g.blur), ("generator.noise", g.noise)):
+        if value and g.name != "public-images":
+            text = f"{key}: got {value}; only public-images are degraded, and generator.name is {g.name!r}"
+            found.append(((key, "generator.name"), text))
     return found + client_problems(config.clients, balancing=b.enabled)
 
 

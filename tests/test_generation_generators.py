@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +15,7 @@ from fbl_flower.data.examples import Examples
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.diffusion import DiffusionGenerator
 from fbl_flower.generation.protocol import ImageGenerator
-from fbl_flower.generation.public import PublicImages
+from fbl_flower.generation.public import PublicImages, blurred
 
 LABELS = [3, 1, 4, 1, 5, 9, 2]
 SEEDS = [10, 11, 2**63 - 1, 13, 0, 15, 16]
@@ -90,6 +93,43 @@ def test_public_images_hands_out_training_images_of_the_class():
     images = PublicImages(parts).generate([4] * 40, list(range(40)))
     four = parts.public.images[parts.public.labels == 4]
     assert all((image == four).flatten(1).all(1).any() for image in images)
+
+
+def test_degraded_public_images_are_the_same_ones_blurred_then_noisy():
+    """Plain, then with noise only: the difference has the standard deviation asked for, where nothing is clipped."""
+    parts = digits()
+    labels, seeds = [4, 7, 4], [3, 8, 3]
+    plain = PublicImages(parts).generate(labels, seeds)
+    soft = PublicImages(parts, blur=1.0).generate(labels, seeds)
+    assert torch.equal(soft, (255 * blurred(plain.float() / 255, 1.0)).round().to(torch.uint8))
+    both = PublicImages(parts, blur=1.0, noise=0.1)
+    made = both.generate(labels, seeds)
+    assert torch.equal(made[0], made[2]) and torch.equal(
+        made[1:2], both.generate([7], [8])
+    )  # the seed decides, not the company
+    many = PublicImages(parts, noise=0.1).generate([4] * 300, list(range(300))).float()
+    base = PublicImages(parts).generate([4] * 300, list(range(300))).float()
+    middle = (base > 90) & (base < 165)
+    assert (many - base)[middle].std().item() == pytest.approx(25.5, rel=0.05)
+
+
+def test_a_blur_by_hand():
+    """One bright pixel, deviation 1: weights exp(-k^2/2) / 2.5066; in each direction, 1/2.5066 stays. Borders go on outside."""
+    image = torch.zeros(1, 1, 9, 9)
+    image[0, 0, 4, 4] = 1
+    soft = blurred(image, 1.0)
+    total = 1 + 2 * sum(math.exp(-0.5 * k * k) for k in (1, 2, 3))
+    assert soft[0, 0, 4, 4].item() == pytest.approx(1 / total**2)
+    assert soft[0, 0, 4, 6].item() == pytest.approx(math.exp(-2) / total**2)
+    assert soft.sum().item() == pytest.approx(1, abs=1e-6)
+    assert torch.allclose(blurred(torch.full((2, 3, 5, 5), 0.3), 4.0), torch.tensor(0.3))
+
+
+def test_a_fingerprint_of_degraded_public_images_is_another():
+    parts = digits()
+    prints = {PublicImages(parts, blur=blur, noise=noise).fingerprint for blur in (0.0, 1.0, 2.0) for noise in (0.0, 0.1)}
+    assert len(prints) == 6
+    assert PublicImages(parts).fingerprint == hashlib.sha256(f"public-images/{parts.public_sha256}".encode()).hexdigest()
 
 
 def test_public_images_names_the_class_that_it_lacks():

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from fbl_flower.commands import sweep
 from fbl_flower.commands.experiments import read_rows
-from fbl_flower.commands.sweep import Job, run_sweep
+from fbl_flower.commands.sweep import Job, default_out, run_sweep
+from fbl_flower.commands.sweep_table import source_of_synthetic, table_lines, write_pictures
 from fbl_flower.config import flatten
 from fbl_flower.errors import ConfigError
+from fbl_flower.reporting.results_pictures import band
 from fbl_flower.reporting.results_table import TableLine, as_csv, as_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +24,8 @@ EXPERIMENTS = ROOT / "experiments" / "mnist5k"
 
 class Done:
     """A process that has ended."""
+
+    pid = 2**22 + 1  # above the largest of Linux: its memory cannot be measured
 
     def __init__(self, code: int) -> None:
         self.code = code
@@ -124,8 +131,10 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert run_sweep(rows, (0, 1), out=out, num_jobs=2, start=start) == [] and len(later) == 2
     # final: 50 and 60 percent, mean 55, sd = sqrt(25 + 25) = 7.07; the higher accuracy of round 1 is a line of its own
     table = (out / "table.md").read_text()
-    assert f"| 1-a | 2 | 55.00 ± 7.07 | 50.00 | 60.00 | 10 | `fbl-flower sweep {rows[0].file} --seeds 0,1` |" in table
-    assert "| 1-a | 1 of 2 | 90.00 ± 0.00 | 90.00 | 90.00 |  |" in table
+    assert (
+        f"| 1-a | diffusion | 2 | 55.00 ± 7.07 | 50.00 | 60.00 | 10 | `fbl-flower sweep {rows[0].file} --seeds 0,1` |" in table
+    )
+    assert "| 1-a | diffusion | 1 of 2 | 90.00 ± 0.00 | 90.00 | 90.00 |  |" in table
 
 
 def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -133,7 +142,7 @@ def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
     failed = run_sweep(rows, (0,), out=out, num_jobs=1, start=lambda job: Done(1) if job.row.name == "1-a" else succeed(job))
     assert [(job.row.name, job.seed) for job in failed] == [("1-a", 0)]
     table = (out / "table.md").read_text()
-    assert "| 1-a | 2 | not finished |" in table and "| 2-b | 2 | 50.00 |" in table
+    assert "| 1-a | diffusion | 2 | not finished |" in table and "| 2-b | diffusion | 2 | 50.00 |" in table
 
 
 def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
@@ -172,9 +181,147 @@ def test_table_numbers_by_hand() -> None:
     assert head == "| row | rounds | final accuracy (%) | seed 0 | seed 1 | seed 2 | seconds | command |"
     assert row == "| FBL | 20 | 93.00 ± 3.61 | 90.00 | 92.00 | 97.00 | 3 | `run` |"
     fields = as_csv([line], (0, 1, 2)).splitlines()[1].split(",")
-    assert fields[:3] == ["FBL", "20", "3"] and float(fields[4]) == pytest.approx(13**0.5) and float(fields[8]) == 3
+    assert (
+        fields[:3] == ["FBL", "20", "3"]
+        and float(fields[4]) == pytest.approx(13**0.5)
+        and float(fields[8]) == 3
+        and fields[-1] == "run"
+    )
 
 
 def test_one_seed_has_no_spread() -> None:
     line = TableLine(title="x", rounds="", accuracies={0: 0.5}, seconds={0: 4}, command="run")
     assert line.deviation is None and "| x | – | 50.00 | 50.00 | 4 |" in as_markdown([line], (0,))
+
+
+def test_rounds_and_bytes_to_a_target_by_hand(tmp_path: Path) -> None:
+    """Accuracies 0.1, 0.9, 0.5 + 0.1 seed; 100 bytes there and 20 back in round 1, 10 and 2 in round 2.
+
+    A target of 0.55 is reached in round 1 by both seeds, for 120 bytes; in all, 132 are sent. A target of 0.95 is not reached.
+    """
+
+    def start(job: Job) -> Done:
+        done = succeed(job)
+        result = json.loads(job.result.read_text())
+        result |= {"bytes_to_clients": {"1": 100, "2": 10}, "bytes_from_clients": {"1": 20, "2": 2}}
+        job.result.write_text(json.dumps(result))
+        return done
+
+    file, out = write_row(tmp_path, "1-a"), tmp_path / "out"
+    run_sweep(read_rows([file], target=0.55), (0, 1), out=out, num_jobs=1, start=start)
+    (early, last) = table_lines(read_rows([file], target=0.55)[0], (0, 1), out)
+    assert not early.to_target and not early.bytes_sent and not early.seconds
+    assert last.to_target == {0: 1, 1: 1} and last.bytes_to_target == {0: 120, 1: 120} and last.bytes_sent == {0: 132, 1: 132}
+    table = (out / "table.md").read_text()
+    assert "| target (%) | rounds to target | MB to target | MB sent | seconds |" in table
+    assert "| 55 | 1.0 | 0.0 | 0.0 | 10 |" in table and "first round with at least that accuracy" in table
+    late = table_lines(read_rows([file], target=0.95)[0], (0, 1), out)[-1]
+    assert (
+        late.to_target == {0: None, 1: None}
+        and not late.bytes_to_target
+        and "| 95 | not reached |" in as_markdown([late], (0, 1))
+    )
+    assert ",95.0,0,not reached,,132.0,," in as_csv([late], (0, 1))
+
+
+def test_a_target_that_some_seeds_reach() -> None:
+    line = TableLine(
+        title="x", rounds="9", accuracies={0: 0.5, 1: 0.6, 2: 0.7}, seconds={}, command="c",
+        target=0.6, to_target={0: None, 1: 4, 2: 7}, bytes_to_target={1: 2_000_000, 2: 5_000_000}, wrong_kept={0: 0.25},
+    )  # fmt: skip
+    table = as_markdown([line], (0, 1, 2), scored_on="validation")
+    assert "final validation accuracy (%)" in table and "wrong labels kept (%)" in table
+    assert "| 60 | 5.5 (2 of 3 seeds) | 3.5 | 25.0 |" in table  # (4 + 7) / 2; (2 + 5) / 2 MB
+
+
+def test_the_table_says_where_synthetic_images_come_from(tmp_path: Path) -> None:
+    texts = {
+        "1": "[config]\ngenerator.name = 'public-images'\ngenerator.blur = 1.5\ngenerator.noise = 0.1",
+        "2": "[config]\nbalancing.enabled = false",
+        "3": "[config]\nbalancing.enabled = false\nwarm-start.enabled = true\ngenerator.trained-on = 'digits'",
+        "4": "[config]\nbalancing.filling = false",
+    }
+    rows = read_rows([write_row(tmp_path, name, f'title = "t"\nkind = "federation"\n{text}\n') for name, text in texts.items()])
+    assert [source_of_synthetic(row) for row in rows] == [
+        "public-images, blur 1.5 px, noise 0.1",
+        "",
+        "diffusion, of digits",
+        "",
+    ]
+    central = read_rows(
+        [write_row(tmp_path, f"c-{kind}", f'title = "t"\nkind = "{kind}-only"\n') for kind in ("public", "synthetic")]
+    )
+    assert [source_of_synthetic(row) for row in central] == ["", "diffusion"]
+
+
+def test_earlier_results_are_still_read() -> None:
+    """The results in the repository were made before targets and bytes were recorded; their rows keep their settings."""
+    rows = read_rows([EXPERIMENTS], target=0.9)
+    results = ROOT / "results" / "mnist5k"
+    files = [results / row.name / "0.json" for row in rows]
+    assert all(row.differences(json.loads(file.read_text())) == [] for row, file in zip(rows, files, strict=True))
+    fedavg = table_lines(rows[0], (0,), results)[-1]
+    accuracy = json.loads(files[0].read_text())["accuracy"]
+    assert fedavg.accuracies[0] == accuracy["60"] and not fedavg.bytes_sent and fedavg.wrong_kept == {}
+    reached = fedavg.to_target[0]
+    assert reached is not None and accuracy[str(reached)] >= 0.9 > max(accuracy[str(r)] for r in range(reached))
+
+
+def test_pictures_of_a_table(tmp_path: Path) -> None:
+    rows, out = read_rows([write_row(tmp_path, name) for name in ("1-a", "2-b", "3-c")], target=0.4), tmp_path / "out"
+    run_sweep(rows, (0, 1), out=out, num_jobs=1, start=lambda job: Done(1) if job.row.name == "3-c" else succeed(job))
+    write_pictures(rows, (0, 1), out)
+    for name in ("final.png", "rounds.png"):
+        picture = np.asarray(Image.open(out / name).convert("RGB"))
+        assert picture.shape[0] >= 300 and picture.shape[1] >= 1000 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
+    empty = tmp_path / "empty"
+    write_pictures(rows, (0,), empty)
+    assert not empty.exists()  # nothing has finished, nothing is drawn
+
+
+def test_the_band_by_hand() -> None:
+    # round 2: 50 and 60, mean 55, sd sqrt(50); round 3 is there for one seed only
+    rounds, means, spreads = band({0: {0: 0.1, 2: 0.5}, 1: {0: 0.1, 2: 0.6, 3: 0.9}})
+    assert rounds == [0, 2] and means == pytest.approx([10, 55]) and spreads == pytest.approx([0, 50**0.5])
+
+
+def test_results_go_to_a_folder_of_their_set_and_size(tmp_path: Path) -> None:
+    (tmp_path / "my-set").mkdir()
+    (tmp_path / "my-set" / "_base.toml").write_text("[cpu]\n[paper]\n")
+    rows = read_rows([write_row(tmp_path / "my-set", "1-a")])
+    assert default_out(rows) == Path("results/my-set-cpu")
+    assert default_out([*rows, *read_rows([write_row(tmp_path, "2-b")])]) == Path("results")
+
+
+def test_a_job_is_started_with_its_size_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_base.toml").write_text("[cpu]\n[paper]\n")
+    row = read_rows([write_row(tmp_path, "1-a")], size="paper", overrides={"data.alpha": 0.5})[0]
+    commands: list[list[str]] = []
+    monkeypatch.setattr("subprocess.Popen", lambda command, **_: commands.append(command))
+    sweep._start(Job(row=row, seed=3, result=tmp_path / "out" / "3.json"))
+    assert commands[0][3:] == [
+        *("--row", str(row.file), "--size", "paper", "--overrides", '{"data.alpha": 0.5}', "--seed", "3"),
+        *("--out", str(tmp_path / "out" / "3.json")),
+    ]
+
+
+def test_nothing_runs_while_a_file_is_broken_or_does_not_fit_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a job was started")
+
+    monkeypatch.setattr(sweep, "run_sweep", refuse)
+    write_row(tmp_path, "1-fine")
+    broken = [write_row(tmp_path, name, "title = ") for name in ("2-broken", "3-broken")]
+    with pytest.raises(ConfigError) as caught:
+        sweep.sweep_command(files=[tmp_path], seeds=(0,), num_jobs=1, out=tmp_path / "out")
+    assert [problem.split(": cannot be read")[0] for problem in caught.value.problems] == [str(file) for file in broken]
+    head = 'title = "t"\nkind = "federation"\n[config]\ndata.name = "digits"\n'
+    write_row(tmp_path, "2-broken", head + "data.num-test = 5000")
+    write_row(tmp_path, "3-broken", head + "data.evaluate-on = 'validation'\ndata.num-validation = 0")
+    with pytest.raises(ConfigError) as caught:  # each in a table of its own, since they are scored differently
+        sweep.sweep_command(files=[broken[0]], seeds=(0,), num_jobs=1, out=tmp_path / "out")
+    assert caught.value.problems[0].startswith(f"{broken[0]}: data: 5000 test")
+    with pytest.raises(ConfigError) as caught:
+        sweep.sweep_command(files=[broken[1]], seeds=(0,), num_jobs=1, out=tmp_path / "out")
+    assert caught.value.problems[0].startswith(f"{broken[1]}: data.evaluate-on: validation, but")
+    assert not (tmp_path / "out").exists()

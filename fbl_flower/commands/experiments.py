@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fbl_flower.config import RunConfig, Value, flat_table, flatten, parse_config
+from fbl_flower.commands.experiment_files import read_layers
+from fbl_flower.config import RunConfig, Value, flatten, parse_config, to_toml
 from fbl_flower.errors import ConfigError
 
 KINDS = ("federation", "public-only", "synthetic-only")
-_KEYS = ("title", "kind", "report-rounds", "config")
 _GIVEN_BY_THE_SWEEP = ("seed", "num-threads", "output-dir", "resume", "pictures")
+# What says where things lie or when they are saved, and changes no number of a result.
+_NO_NUMBERS = ("data.path", "state-dir", "checkpoint-every", "timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +28,12 @@ class Row:
         title: What the table shows.
         kind: One of `KINDS`.
         report_rounds: Rounds whose accuracy the table shows, in order; the last is the final one. Always final, never best.
-        settings: Run-config keys that the file gives.
+        settings: Run-config keys that the files and the command line give.
         config: The whole configuration under them, with seed 0.
+        size: `cpu`, `paper`, or empty for a row that has one size only.
+        target: Accuracy, 0 .. 1, the way to which the table measures in rounds and bytes; None: none is set.
+        notes: What a reader of the table has to know, such as in what a size is reduced.
+        overrides: Run-config keys from the command line.
     """
 
     file: Path
@@ -35,24 +42,61 @@ class Row:
     report_rounds: tuple[int, ...]
     settings: dict[str, Value]
     config: RunConfig
+    size: str = ""
+    target: float | None = None
+    notes: tuple[str, ...] = ()
+    overrides: dict[str, Value] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.file.stem
 
+    def command(self, seeds: Sequence[int]) -> str:
+        """Return the command that gives the row's line again; a path on this machine is no part of it."""
+        needed = {key: value for key, value in self.overrides.items() if key == "data.path" or key not in _NO_NUMBERS}
+        shown = {key: "PATH" if key.endswith(".path") else value for key, value in needed.items()}
+        pairs = to_toml(shown).replace(" = ", "=").split("\n")[:-1]
+        parts = ["fbl-flower", "sweep", str(self.file)]
+        parts += ["--size", self.size] if self.size else []
+        parts += ["-c", shlex.quote(" ".join(pairs))] if pairs else []
+        return " ".join([*parts, "--seeds", ",".join(map(str, seeds))])
+
     def differences(self, stored: dict[str, Any]) -> list[str]:
-        """Name the settings in which a stored result was made otherwise; a setting that is newer than the result is not one."""
-        now: dict[str, Any] = {"kind": self.kind} | flatten(self.config)
-        before = {"kind": stored.get("kind")} | stored.get("config", {})
+        """Name the settings in which a stored result was made otherwise; one that is newer than the result had its default."""
+        now: dict[str, Any] = {"kind": self.kind} | identity(self.config)
+        before = {"kind": stored.get("kind")} | identity(RunConfig()) | stored.get("config", {})
         return [
             f"{key}: {before[key]!r}, now {now.get(key, 'gone')!r}"
             for key in before
-            if key not in _GIVEN_BY_THE_SWEEP and before[key] != now.get(key)
+            if key not in (*_GIVEN_BY_THE_SWEEP, *_NO_NUMBERS) and before[key] != now.get(key)
         ]
 
 
-def read_rows(paths: Sequence[Path]) -> list[Row]:
-    """Read rows from files, and from the TOML files of folders in order of name.
+def identity(config: RunConfig) -> dict[str, Value]:
+    """Return the settings that decide a result's numbers; a generator's folder is named by its content, not by where it lies."""
+    settings = {key: value for key, value in flatten(config).items() if key not in (*_GIVEN_BY_THE_SWEEP, *_NO_NUMBERS)}
+    if config.generator.path:
+        folder = Path(config.generator.path).expanduser()
+        recipe = folder / "recipe.json"  # holds the digests of the other files
+        digest = hashlib.sha256(recipe.read_bytes()).hexdigest()[:12] if recipe.is_file() else "none"
+        settings["generator.path"] = f"{folder.name}@{digest}"
+    return settings
+
+
+def read_rows(
+    paths: Sequence[Path],
+    *,
+    size: str | None = None,
+    overrides: Mapping[str, Value] | None = None,
+    target: float | None = None,
+) -> list[Row]:
+    """Read rows from files, and from the TOML files of folders in order of name; those that begin with `_` are no rows.
+
+    Args:
+        paths: Files and folders.
+        size: `cpu` or `paper`; None: `cpu`, for rows that have sizes.
+        overrides: Settings that hold for every row.
+        target: In place of the files' own `target-accuracy`.
 
     Raises:
         ConfigError: Lists everything that is wrong in any of the files.
@@ -60,56 +104,74 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
     problems: list[str] = []
     files: list[Path] = []
     for path in paths:
-        found = sorted(path.glob("*.toml")) if path.is_dir() else [path]
+        found = [file for file in sorted(path.glob("*.toml")) if file.name[0] != "_"] if path.is_dir() else [path]
         if not found:
-            problems.append(f"{path}: no .toml file in this folder")
+            problems.append(f"{path}: no .toml file with a row in this folder")
+        if path.name[0] == "_":
+            problems.append(f"{path}: holds what rows share, and is no row")
         files += [file for file in found if file not in files]
     rows = []
     for file in files:
         try:
-            rows.append(_read_row(file))
+            rows.append(_read_row(file, size, dict(overrides or {}), target))
         except ConfigError as error:
-            problems += [f"{file}: {problem}" for problem in error.problems]
+            problems += error.problems
     names: dict[str, Path] = {}
     for row in rows:
         if names.setdefault(row.name, row.file) != row.file:
             problems.append(f"{row.file}: has the name of {names[row.name]}; their results would be mixed up")
+    if len({row.config.data.evaluate_on for row in rows}) > 1:
+        problems.append(
+            "data.evaluate-on: some rows are scored on test images and others on validation; give them to two sweeps"
+        )
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))  # a base's problem is one, however many rows share it
     return rows
 
 
-def _read_row(file: Path) -> Row:
-    try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError([f"cannot be read as TOML: {error}"]) from error
-    problems = [f"{key}: unknown key; allowed: {', '.join(_KEYS)}" for key in raw if key not in _KEYS]
-    title, kind = raw.get("title"), raw.get("kind")
+def _read_row(file: Path, size: str | None, overrides: dict[str, Value], target: float | None) -> Row:
+    layers = read_layers(file, size=size, overrides=overrides)
+    problems = list(layers.problems)
+
+    def wrong(key: str, text: str) -> None:
+        problems.append(f"{layers.origin.get(key, file)}: {text}")
+
+    title, kind = layers.values.get("title"), layers.values.get("kind")
     if not isinstance(title, str) or not title:
-        problems.append(f"title: got {title!r}; wanted text")
+        wrong("title", f"title: got {title!r}; wanted text")
     if kind not in KINDS:
-        problems.append(f"kind: got {kind!r}; allowed: {' | '.join(KINDS)}")
-    table = raw.get("config", {})
-    settings = flat_table(table) if isinstance(table, dict) else {}
-    if not isinstance(table, dict):
-        problems.append(f"config: got {table!r}; wanted a table of settings")
-    problems += [f"{key}: the sweep itself sets it; leave it out" for key in settings if key in _GIVEN_BY_THE_SWEEP]
+        wrong("kind", f"kind: got {kind!r}; allowed: {' | '.join(KINDS)}")
+    for key in layers.settings:
+        if key in _GIVEN_BY_THE_SWEEP:
+            wrong(key, f"{key}: the sweep itself sets it; leave it out")
     config = RunConfig()
     try:
-        config = parse_config(settings)
+        config = parse_config(layers.settings)
     except ConfigError as error:
-        problems += error.problems
-    rounds = raw.get("report-rounds", [])
-    last = config.num_server_rounds
+        for problem in error.problems:
+            wrong(problem.split(":")[0], problem)
+    rounds, last = layers.values.get("report-rounds", []), config.num_server_rounds
     if not isinstance(rounds, list) or any(type(r) is not int or not 1 <= r <= last for r in rounds):
-        problems.append(
-            f"report-rounds: got {rounds!r}; wanted a list of whole numbers from 1 to num-server-rounds, which is {last}"
-        )
+        text = f"report-rounds: got {rounds!r}; wanted a list of whole numbers from 1 to num-server-rounds, which is {last}"
+        wrong("report-rounds", text)
         rounds = []
     if rounds and kind != "federation":
-        problems.append(f"report-rounds: got {rounds!r}; only a federation has rounds")
+        wrong("report-rounds", f"report-rounds: got {rounds!r}; only a federation has rounds")
+    aim = layers.values.get("target-accuracy") if target is None else target
+    if aim is not None and (type(aim) not in (int, float) or not 0 < aim <= 1):
+        at = "--target-accuracy" if target is not None else layers.origin["target-accuracy"]
+        problems.append(f"{at}: target-accuracy: got {aim!r}; wanted a number > 0 and <= 1")
     if problems:
         raise ConfigError(problems)
-    report = tuple(sorted({*rounds, last}))
-    return Row(file=file, title=str(title), kind=str(kind), report_rounds=report, settings=settings, config=config)
+    return Row(
+        file=file,
+        title=str(title),
+        kind=str(kind),
+        report_rounds=tuple(sorted({*rounds, last})),
+        settings=layers.settings,
+        config=config,
+        size=layers.size,
+        target=aim,
+        notes=layers.notes,
+        overrides=overrides,
+    )

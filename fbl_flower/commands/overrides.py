@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fbl_flower.config import RunConfig, Value, flat_table, flatten, parse_config
@@ -57,13 +57,20 @@ def chosen_config(arguments: Sequence[str], *, resume: Path | None = None) -> tu
     asked, problems = _scan(arguments)
     if resume is not None and not problems:
         asked = _resumed(resume, asked)
-    for key in _PATHS:
-        value = asked.get(key)
-        if isinstance(value, str) and value and not value.startswith("~"):
-            asked[key] = os.path.abspath(value)
+    asked = absolute_paths(asked)
     config = parse_config(asked, found=problems)
     defaults = flatten(RunConfig())
     return config, {key: value for key, value in flatten(config).items() if value != defaults[key]}
+
+
+def absolute_paths(settings: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the settings with relative paths made absolute; one that begins with `~` stays as it is."""
+    found = dict(settings)
+    for key in _PATHS:
+        value = found.get(key)
+        if isinstance(value, str) and value and not value.startswith("~"):
+            found[key] = os.path.abspath(value)
+    return found
 
 
 def _scan(arguments: Sequence[str]) -> tuple[dict[str, Value], list[str]]:

@@ -1,33 +1,36 @@
 """`fbl-flower sweep`: run the rows of a results table, several at a time, and write the table.
 
 Each row and seed is a process of its own with one thread, so that rows do not disturb each other's numbers. What has finished
-is kept in OUT/ROW/SEED.json and not run again: a sweep that was killed goes on where it stopped.
+is kept in OUT/ROW/SEED.json and not run again: a sweep that was killed goes on where it stopped, a job at its last checkpoint.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from fbl_flower.commands.experiments import Row, read_rows
-from fbl_flower.config import RunConfig, Value, flatten, parse_config
-from fbl_flower.errors import ConfigError, FBLError, RunFailed
-from fbl_flower.reporting.results_table import TableLine, as_csv, as_markdown
+from fbl_flower.commands.job_memory import MemoryGate
+from fbl_flower.commands.sweep_table import write_pictures, write_table
+from fbl_flower.config import RunConfig, Value
+from fbl_flower.errors import ConfigError, FBLError
 
 _POLL_S = 0.2
+_WRITTEN = ("table.md", "table.csv", "final.png", "rounds.png")
 
 
 class Process(Protocol):
     """What the sweep needs of a running process."""
+
+    @property
+    def pid(self) -> int: ...
 
     def poll(self) -> int | None: ...
 
@@ -49,13 +52,37 @@ class Job:
         return self.result.with_suffix(".log")
 
 
-def sweep_command(*, files: Sequence[Path], seeds: Sequence[int], num_jobs: int, out: Path) -> int:
-    """Check all rows, run what has not finished, write OUT/table.md and OUT/table.csv; return 1 if a job failed, else 0."""
+def sweep_command(
+    *,
+    files: Sequence[Path],
+    seeds: Sequence[int],
+    num_jobs: int,
+    out: Path | None = None,
+    size: str | None = None,
+    overrides: Mapping[str, Value] | None = None,
+    target: float | None = None,
+    note: str = "",
+) -> int:
+    """Check all rows, run what has not finished, write tables and pictures; return 1 if a job failed, else 0.
+
+    Args:
+        files: Rows, and folders of rows.
+        seeds: Each row runs under each of them.
+        num_jobs: Processes at a time, as far as memory allows.
+        out: Folder of results; None: `results/FOLDER-SIZE`, after the folder and size of the rows.
+        size, overrides, target: As `read_rows`.
+        note: Stands above the table, before the rows' own notes.
+
+    Raises:
+        ConfigError: Lists what is wrong in any of the files, or does not fit the data; nothing has been run then.
+    """
+    from fbl_flower.data.datasets import forget_parts
     from fbl_flower.federation.preflight import preflight
 
     if num_jobs < 1:
         raise ConfigError([f"--jobs: got {num_jobs}; allowed: whole number >= 1"])
-    rows = read_rows(files)
+    rows = read_rows(files, size=size, overrides=overrides, target=target)
+    rows = [replace(row, notes=(note, *row.notes)) for row in rows] if note else rows
     problems = []
     for row in rows:
         try:
@@ -65,11 +92,21 @@ def sweep_command(*, files: Sequence[Path], seeds: Sequence[int], num_jobs: int,
             problems += [f"{row.file}: {problem}" for problem in found]
     if problems:
         raise ConfigError(problems)
+    forget_parts()  # the jobs read the data themselves, and need the memory
+    out = out or default_out(rows)
     failed = run_sweep(rows, seeds, out=out, num_jobs=num_jobs)
+    write_pictures(rows, seeds, out)
     print((out / "table.md").read_text(encoding="utf-8"))
+    print(f"{out}: {', '.join(name for name in _WRITTEN if (out / name).exists())}")
     for job in failed:
         print(f"fbl-flower: {job.row.name}, seed {job.seed} failed; its log: {job.log}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def default_out(rows: Sequence[Row]) -> Path:
+    """Return `results/FOLDER`, or `results/FOLDER-SIZE`, for rows of one folder and size; else `results`."""
+    names = {row.file.resolve().parent.name + (f"-{row.size}" if row.size else "") for row in rows}
+    return Path("results") / names.pop() if len(names) == 1 else Path("results")
 
 
 def run_sweep(
@@ -81,7 +118,7 @@ def run_sweep(
         rows: The rows, in the order of the table.
         seeds: All rows run under the first seed, then all under the next: an early stop leaves a whole table.
         out: Folder of results and table.
-        num_jobs: Processes at a time.
+        num_jobs: Processes at a time, as far as memory allows.
         start: Starts the process of a job, which is to write `job.result`; tests put their own here.
 
     Raises:
@@ -95,9 +132,10 @@ def run_sweep(
     failed: list[Job] = []
     running: list[tuple[Job, Process]] = []
     start = start or _start
+    gate = MemoryGate([peak for job in jobs if job.result.exists() and (peak := _result(job).get("peak_bytes"))])
     try:
         while waiting or running:
-            while waiting and len(running) < num_jobs:
+            while waiting and len(running) < num_jobs and gate.may_start([process.pid for _, process in running]):
                 job = waiting.pop(0)
                 running.append((job, start(job)))
             ended = [(job, process) for job, process in running if process.poll() is not None]
@@ -105,6 +143,8 @@ def run_sweep(
             for job, _ in ended:
                 if not job.result.exists():
                     failed.append(job)
+                elif peak := _result(job).get("peak_bytes"):
+                    gate.learn(peak)
                 print(f"{job.row.name}, seed {job.seed}: {_outcome(job)}; {len(waiting)} to start", flush=True)
                 write_table(rows, seeds, out)
             if running and not ended:
@@ -116,65 +156,6 @@ def run_sweep(
             process.wait()
     write_table(rows, seeds, out)
     return failed
-
-
-def write_table(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None:
-    """Write OUT/table.md and OUT/table.csv from the results that are there."""
-    lines = [line for row in rows for line in _lines(row, seeds, out)]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(as_markdown(lines, seeds), encoding="utf-8")
-    (out / "table.csv").write_text(as_csv(lines, seeds), encoding="utf-8")
-
-
-def run_one(row: Row, seed: int) -> dict[str, Any]:
-    """Run a row under a seed in this process and return its result, as it is stored."""
-    settings: dict[str, Value] = row.settings | {"seed": seed, "num-threads": 1, "pictures": False}
-    config = parse_config(settings)
-    begin = time.perf_counter()
-    if row.kind == "federation":
-        from fbl_flower.federation.local import run_local
-
-        with tempfile.TemporaryDirectory(
-            prefix="fbl-sweep-"
-        ) as folder:  # a run directory holds models, too large to keep them all
-            outcome = run_local(settings | {"output-dir": folder}, workers=1)
-            text = (outcome.run_dir / "metrics.jsonl").read_text(encoding="utf-8")
-        metrics = [json.loads(line) for line in text.splitlines()]
-        accuracy = {str(entry["round"]): float(entry["accuracy"]) for entry in metrics}
-    else:
-        from fbl_flower.training.central import run_central
-
-        accuracy = {str(config.num_server_rounds): run_central(config, "public" if row.kind == "public-only" else "synthetic")}
-    if str(config.num_server_rounds) not in accuracy:
-        raise RunFailed(
-            f"{row.file}, seed {seed}: wanted the accuracy of round {config.num_server_rounds}; got {', '.join(accuracy)}"
-        )
-    seconds = round(time.perf_counter() - begin, 1)
-    return {
-        "title": row.title,
-        "kind": row.kind,
-        "seed": seed,
-        "seconds": seconds,
-        "accuracy": accuracy,
-        "config": flatten(config),
-    }
-
-
-def _lines(row: Row, seeds: Sequence[int], out: Path) -> list[TableLine]:
-    """Return the table's lines of a row: one for each round to report."""
-    results = {seed: json.loads(file.read_text()) for seed in seeds if (file := out / row.name / f"{seed}.json").exists()}
-    last = row.report_rounds[-1]
-    command = f"fbl-flower sweep {row.file} --seeds {','.join(map(str, seeds))}"
-    return [
-        TableLine(
-            title=row.title,
-            rounds=("" if row.kind != "federation" else f"{number}" if number == last else f"{number} of {last}"),
-            accuracies={seed: result["accuracy"][str(number)] for seed, result in results.items()},
-            seconds={seed: result["seconds"] for seed, result in results.items()} if number == last else {},
-            command=command,
-        )
-        for number in row.report_rounds
-    ]
 
 
 def _what_it_needs(row: Row) -> RunConfig:
@@ -193,9 +174,12 @@ def _start(job: Job) -> Process:
     command = [
         sys.executable,
         "-m",
-        "fbl_flower.commands.sweep",
-        "--one",
+        "fbl_flower.commands.sweep_job",
+        "--row",
         str(job.row.file),
+        *(["--size", job.row.size] if job.row.size else []),
+        "--overrides",
+        json.dumps(job.row.overrides),
         "--seed",
         str(job.seed),
         "--out",
@@ -210,7 +194,7 @@ def _start(job: Job) -> Process:
 def _stale(job: Job) -> list[str]:
     """Say why a result that is there cannot stand for its job."""
     try:
-        differences = job.row.differences(json.loads(job.result.read_text(encoding="utf-8")))
+        differences = job.row.differences(_result(job))
     except (ValueError, AttributeError) as error:
         return [f"{job.result}: damaged ({error}); delete it, and it is run again"]
     if not differences:
@@ -221,26 +205,9 @@ def _stale(job: Job) -> list[str]:
 def _outcome(job: Job) -> str:
     if not job.result.exists():
         return f"failed, see {job.log}"
-    result = json.loads(job.result.read_text(encoding="utf-8"))
+    result = _result(job)
     return f"{100 * result['accuracy'][str(job.row.report_rounds[-1])]:.2f} % in {result['seconds']:.0f} s"
 
 
-def _main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m fbl_flower.commands.sweep", description="Run one job of a sweep.")
-    parser.add_argument("--one", type=Path, required=True)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    try:
-        result = run_one(read_rows([options.one])[0], options.seed)
-    except FBLError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    whole = options.out.with_suffix(".part")
-    whole.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(whole, options.out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())
+def _result(job: Job) -> dict[str, Any]:
+    return json.loads(job.result.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from fbl_flower.data.sources import find_source, newest_change, read_source
 from fbl_flower.errors import ConfigError
 from fbl_flower.seeding import numpy_stream
 
-__all__ = ["DATASETS", "DataInfo", "DataParts", "load_parts"]
+__all__ = ["DATASETS", "DataInfo", "DataParts", "forget_parts", "load_parts", "scored_part"]
 
 _SPLIT_SEED = 0  # the cut into parts is the same in every run: a generator trained on one's public part is safe in another
 _READ = ("name", "path", "classes", "image_size", "channels", "num_test", "num_public", "num_validation", "num_private")
@@ -65,6 +65,26 @@ def load_parts(config: DataConfig) -> DataParts:
     path = find_source(config)
     asked = DataConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name in _READ})
     return _load_parts(asked, path, newest_change(path) if path else 0)
+
+
+def forget_parts() -> None:
+    """Give back the memory of the data sets that `load_parts` has kept."""
+    _load_parts.cache_clear()
+
+
+def scored_part(config: DataConfig, parts: DataParts) -> Examples:
+    """Return the images that `data.evaluate-on` asks for: all test images, or the validation part, which no method has seen either.
+
+    Raises:
+        ConfigError: There are no validation images.
+    """
+    if config.evaluate_on == "test":
+        return parts.test
+    if not len(parts.validation):
+        raise ConfigError(
+            ["data.evaluate-on: validation, but data.num-validation leaves no image for it; raise data.num-validation"]
+        )
+    return parts.validation
 
 
 @functools.lru_cache(maxsize=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fbl_flower.config import RunConfig
 from fbl_flower.data.corruption import believed_labels
-from fbl_flower.data.datasets import load_parts
+from fbl_flower.data.datasets import load_parts, scored_part
 from fbl_flower.data.partition import partition
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, GeneratorError
@@ -22,7 +22,12 @@ def preflight(config: RunConfig) -> None:
     """
     parts = load_parts(config.data)
     problems: list[str] = []
-    for check in (lambda: partition(believed_labels(config, parts).numpy(), config), lambda: pick_device(config)):
+    checks = (
+        lambda: partition(believed_labels(config, parts).numpy(), config),
+        lambda: scored_part(config.data, parts),
+        lambda: pick_device(config),
+    )
+    for check in checks:
         try:
             check()
         except ConfigError as error:

@@ -20,7 +20,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from fbl_flower.config import RunConfig, parse_config
-from fbl_flower.data.datasets import DataParts, load_parts
+from fbl_flower.data.datasets import DataParts, load_parts, scored_part
 from fbl_flower.device import pick_device
 from fbl_flower.errors import FBLError, RunFailed
 from fbl_flower.federation.exchange import ask
@@ -222,7 +222,7 @@ class _Federation:
         return Checkpoint(server_round=server_round, arrays=arrays, embeddings=embeddings, method_state=method_state)
 
     def _record(self, result: _Round, point: Checkpoint) -> None:
-        """Evaluate on the whole test set, and write one line of metrics and one of timings."""
+        """Evaluate on the whole test set (or validation part), and write one line of metrics and one of timings."""
         started = time.perf_counter()
         evaluation = self._evaluate(point.arrays)
         replies = result.replies.values()
@@ -253,8 +253,8 @@ class _Federation:
     def _evaluate(self, arrays: Arrays) -> Evaluation:
         info = self.parts.info
         model = load_classifier(arrays, self.config, channels=info.channels, num_classes=info.num_classes, device=self.device)
-        test = self.parts.test.to(self.device)
-        return evaluate(model, test, precision=self.config.train.precision)
+        images = scored_part(self.config.data, self.parts).to(self.device)
+        return evaluate(model, images, precision=self.config.train.precision)
 
     def _finish(self, point: Checkpoint, unprepared: dict[int, str], prepare_seconds: float, seconds: float) -> None:
         self.run_dir.write_model(point.arrays)
@@ -278,7 +278,8 @@ class _Federation:
                 write_report(self.run_dir, self.config, point.arrays)
         except Exception as error:  # the run itself is whole
             log(WARNING, "Not every picture could be drawn: %s", error)
-        log(INFO, "Final accuracy on %d test images: %.2f %%", len(self.parts.test), 100 * rows[-1]["accuracy"])
+        scored = len(scored_part(self.config.data, self.parts))
+        log(INFO, "Final accuracy on %d %s images: %.2f %%", scored, self.config.data.evaluate_on, 100 * rows[-1]["accuracy"])
         if left_out or unprepared:
             log(WARNING, "Clients failed in this run; summary.json names them")
         log(INFO, "Run directory: %s", self.run_dir.path)

@@ -107,7 +107,7 @@ def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
         raise GeneratorError("\n".join(problems))
     chosen = config.generator
     if chosen.name == "public-images":
-        return PublicImages(parts, batch_size=chosen.batch_size)
+        return PublicImages(parts, batch_size=chosen.batch_size, blur=chosen.blur, noise=chosen.noise)
     if chosen.name == "text-to-image":
         from fbl_flower.generation.text_to_image import Target, TextToImageGenerator
 

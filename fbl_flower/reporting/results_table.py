@@ -1,4 +1,4 @@
-"""A results table: rows of experiments, seeds, and the mean and spread of the final accuracy."""
+"""A results table: rows of experiments, seeds, the mean and spread of the final accuracy, and the way to a target."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import csv
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableLine:
-    """One line of the table.
+    """One line of the table. Everything by seed lacks the seeds that have not finished, or did not record it.
 
     Attributes:
         title: What the reader sees.
         rounds: Rounds after which the accuracy was taken, such as "20" or "20 of 60"; empty without a federation.
-        accuracies: By seed, 0 .. 1; seeds that have not finished are left out.
+        accuracies: By seed, 0 .. 1.
         seconds: By seed, wall time of the whole run.
         command: Gives the line again.
+        generator: Where synthetic images came from; empty where there are none.
+        target: Accuracy, 0 .. 1, that `to_target` is about; None: no target.
+        to_target: By seed, the first round with at least that accuracy; None: not reached.
+        bytes_to_target: By seed, what was sent in both directions up to that round.
+        bytes_sent: By seed, what was sent in both directions in the whole run.
+        wrong_kept: By seed, the share of wrong labels, 0 .. 1, among the real images that sampling kept at the end.
     """
 
     title: str
@@ -26,6 +32,12 @@ class TableLine:
     accuracies: Mapping[int, float]
     seconds: Mapping[int, float]
     command: str
+    generator: str = ""
+    target: float | None = None
+    to_target: Mapping[int, int | None] = field(default_factory=dict)
+    bytes_to_target: Mapping[int, int] = field(default_factory=dict)
+    bytes_sent: Mapping[int, int] = field(default_factory=dict)
+    wrong_kept: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
@@ -37,39 +49,70 @@ class TableLine:
         """Sample standard deviation (n - 1) in percentage points; None for fewer than two seeds."""
         return 100 * statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else None
 
+    @property
+    def reached(self) -> dict[int, int]:
+        """The seeds that came to the target, and the round in which they did."""
+        return {seed: number for seed, number in self.to_target.items() if number is not None}
 
-def as_markdown(lines: Sequence[TableLine], seeds: Sequence[int]) -> str:
-    """Return the table in Markdown; accuracies in percent, `mean ± sample standard deviation`."""
-    head = ["row", "rounds", "final accuracy (%)", *(f"seed {seed}" for seed in seeds), "seconds", "command"]
-    rows = [head, ["---"] * len(head)]
-    for line in lines:
-        per_seed = [f"{100 * line.accuracies[seed]:.2f}" if seed in line.accuracies else "" for seed in seeds]
-        seconds = f"{statistics.fmean(line.seconds.values()):.0f}" if line.seconds else ""
-        rows.append([line.title, line.rounds or "–", _summary(line, len(seeds)), *per_seed, seconds, f"`{line.command}`"])
+
+def as_markdown(lines: Sequence[TableLine], seeds: Sequence[int], *, scored_on: str = "") -> str:
+    """Return the table in Markdown; accuracies in percent, `mean ± sample standard deviation`.
+
+    A column that no line has anything for is left out. A target's columns hold the mean over the seeds that reached it.
+
+    Args:
+        lines: The lines, in order.
+        seeds: Those that are to come; each has a column.
+        scored_on: Named in the head of the accuracy, such as "validation".
+    """
+    columns: list[tuple[str, list[str], bool]] = [
+        ("row", [line.title for line in lines], True),
+        ("synthetic images", [line.generator or "–" for line in lines], any(line.generator for line in lines)),
+        ("rounds", [line.rounds or "–" for line in lines], True),
+        (" ".join(filter(None, ["final", scored_on, "accuracy (%)"])), [_summary(line, len(seeds)) for line in lines], True),
+    ]
+    columns += [(f"seed {seed}", [_number(line.accuracies, [seed], 100, 2) for line in lines], True) for seed in seeds]
+    has_target = any(line.target is not None for line in lines)
+    columns += [
+        ("target (%)", [f"{100 * line.target:g}" if line.to_target and line.target else "" for line in lines], has_target),
+        ("rounds to target", [_to_target(line) for line in lines], has_target),
+        (
+            "MB to target",
+            [_number(line.bytes_to_target, seeds, 1e-6, 1) for line in lines],
+            any(line.bytes_to_target for line in lines),
+        ),
+        ("MB sent", [_number(line.bytes_sent, seeds, 1e-6, 1) for line in lines], any(line.bytes_sent for line in lines)),
+        (
+            "wrong labels kept (%)",
+            [_number(line.wrong_kept, seeds, 100, 1) for line in lines],
+            any(line.wrong_kept for line in lines),
+        ),
+        ("seconds", [_number(line.seconds, seeds, 1, 0) for line in lines], True),
+        ("command", [f"`{line.command}`" for line in lines], True),
+    ]
+    shown = [(head, cells) for head, cells, wanted in columns if wanted]
+    rows = [[head for head, _ in shown], ["---"] * len(shown), *([cells[i] for _, cells in shown] for i in range(len(lines)))]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
 
 
 def as_csv(lines: Sequence[TableLine], seeds: Sequence[int]) -> str:
-    """Return the table as CSV; accuracies in percent, full precision."""
+    """Return the table as CSV, every column in every table; accuracies in percent, full precision; "not reached" as a word."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "row",
-            "rounds",
-            "num_seeds",
-            "mean_percent",
-            "sd_percent",
-            *(f"seed_{seed}_percent" for seed in seeds),
-            "mean_seconds",
-            "command",
-        ]
-    )
+    head = ["row", "rounds", "num_seeds", "mean_percent", "sd_percent", *(f"seed_{seed}_percent" for seed in seeds)]
+    head += ["mean_seconds", "synthetic_images", "target_percent", "num_seeds_to_target", "mean_rounds_to_target"]
+    writer.writerow([*head, "mean_bytes_to_target", "mean_bytes_sent", "mean_wrong_kept_percent", "command"])
     for line in lines:
         per_seed = [100 * line.accuracies[seed] if seed in line.accuracies else None for seed in seeds]
-        seconds = statistics.fmean(line.seconds.values()) if line.seconds else None
+        reached: float | str | None = _mean(line.reached) if line.reached else "not reached" if line.to_target else None
+        wrong = _mean(line.wrong_kept)
         writer.writerow(
-            [line.title, line.rounds, len(line.accuracies), line.mean, line.deviation, *per_seed, seconds, line.command]
+            [
+                *(line.title, line.rounds, len(line.accuracies), line.mean, line.deviation, *per_seed),
+                *(_mean(line.seconds), line.generator, None if line.target is None else 100 * line.target),
+                *(len(line.reached) if line.to_target else None, reached, _mean(line.bytes_to_target), _mean(line.bytes_sent)),
+                *(None if wrong is None else 100 * wrong, line.command),
+            ]
         )
     return text.getvalue()
 
@@ -80,3 +123,22 @@ def _summary(line: TableLine, num_seeds: int) -> str:
     spread = f" ± {line.deviation:.2f}" if line.deviation is not None else ""
     lacking = f" ({len(line.accuracies)} of {num_seeds} seeds)" if len(line.accuracies) < num_seeds else ""
     return f"{line.mean:.2f}{spread}{lacking}"
+
+
+def _to_target(line: TableLine) -> str:
+    if not line.to_target:
+        return ""
+    if not line.reached:
+        return "not reached"
+    lacking = f" ({len(line.reached)} of {len(line.to_target)} seeds)" if len(line.reached) < len(line.to_target) else ""
+    return f"{_mean(line.reached):.1f}{lacking}"
+
+
+def _mean(by_seed: Mapping[int, float]) -> float | None:
+    return statistics.fmean(by_seed.values()) if by_seed else None
+
+
+def _number(by_seed: Mapping[int, float], seeds: Sequence[int], factor: float, digits: int) -> str:
+    """Return the mean over those of `seeds` that are there, or nothing."""
+    mean = _mean({seed: by_seed[seed] for seed in seeds if seed in by_seed})
+    return "" if mean is None else f"{factor * mean:.{digits}f}"

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from fbl_flower.config import RunConfig
-from fbl_flower.data.datasets import DataParts, load_parts
+from fbl_flower.data.datasets import DataParts, load_parts, scored_part
 from fbl_flower.data.examples import Examples
 from fbl_flower.device import pick_device
 from fbl_flower.generation.cache import ImageCache, generate_cached
@@ -61,7 +61,7 @@ def warm_start_model(config: RunConfig) -> Classifier:
 
 
 def run_central(config: RunConfig, on: Literal["public", "synthetic"]) -> float:
-    """Train without a federation and return the accuracy, 0 .. 1, on the whole test set.
+    """Train without a federation and return the accuracy, 0 .. 1, on the whole test set (or the validation part).
 
     Takes as many image steps as the federation of `config` does in its rounds: clients in a round x their mean number of images x local
     epochs x rounds. Of synthetic images there are as many as the clients have real ones together.
@@ -74,4 +74,4 @@ def run_central(config: RunConfig, on: Literal["public", "synthetic"]) -> float:
         examples = synthetic_examples(config, parts, num_images=len(parts.private), purpose="central")
     image_steps = config.num_server_rounds * config.train.epochs * config.fraction_train * len(parts.private)
     model = train_centrally(config, parts, examples, epochs=max(1, round(image_steps / len(examples))), seed=config.seed)
-    return evaluate(model.cpu(), parts.test, precision=config.train.precision).accuracy
+    return evaluate(model.cpu(), scored_part(config.data, parts), precision=config.train.precision).accuracy

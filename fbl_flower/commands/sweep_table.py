@@ -1,0 +1,119 @@
+"""From the results of a sweep to its table and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fbl_flower.commands.experiments import Row
+from fbl_flower.reporting.results_pictures import Curve, accuracy_over_rounds_picture, final_accuracy_picture
+from fbl_flower.reporting.results_table import TableLine, as_csv, as_markdown
+
+Results = Mapping[int, Mapping[str, Any]]
+
+
+def write_table(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None:
+    """Write OUT/table.md and OUT/table.csv from the results that are there."""
+    lines = [line for row in rows for line in table_lines(row, seeds, out)]
+    out.mkdir(parents=True, exist_ok=True)
+    notes = list(dict.fromkeys(note for row in rows for note in row.notes))
+    scored_on = rows[0].config.data.evaluate_on if rows else "test"
+    text = "".join(f"{note.strip()}\n\n" for note in notes)
+    text += as_markdown(lines, seeds, scored_on="" if scored_on == "test" else scored_on)
+    if any(line.to_target for line in lines):
+        text += "\nThe target counts as reached in the first round with at least that accuracy; means are over the seeds that reached it.\n"
+    (out / "table.md").write_text(text, encoding="utf-8")
+    (out / "table.csv").write_text(as_csv(lines, seeds), encoding="utf-8")
+
+
+def write_pictures(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None:
+    """Write OUT/final.png and OUT/rounds.png from the results that are there; nothing where there are none."""
+    scored_on = rows[0].config.data.evaluate_on if rows else "test"
+    lines = [line for row in rows for line in table_lines(row, seeds, out)]
+    final_accuracy_picture(lines, out / "final.png", ylabel=f"final {scored_on} accuracy (%)")
+    curves = [
+        Curve(
+            title=row.title,
+            by_seed={seed: _by_round(result, "accuracy") for seed, result in _results(row, seeds, out).items()},
+            federated=row.kind == "federation",
+        )
+        for row in rows
+    ]
+    targets = {row.target for row in rows}
+    target = targets.pop() if len(targets) == 1 else None
+    accuracy_over_rounds_picture(curves, out / "rounds.png", target=target, ylabel=f"{scored_on} accuracy (%)")
+
+
+def table_lines(row: Row, seeds: Sequence[int], out: Path) -> list[TableLine]:
+    """Return the table's lines of a row: one for each round to report. What is about the whole run stands in the last."""
+    results = _results(row, seeds, out)
+    last = row.report_rounds[-1]
+    federated = row.kind == "federation"
+    lines = []
+    for number in row.report_rounds:
+        whole: dict[str, Any] = {}
+        if number == last:
+            whole = {
+                "seconds": {seed: result["seconds"] for seed, result in results.items()},
+                "bytes_sent": {seed: sent for seed, result in results.items() if (sent := _bytes_until(result, last))},
+                "wrong_kept": {
+                    seed: result["wrong_labels"]["kept"]
+                    for seed, result in results.items()
+                    if "kept" in result.get("wrong_labels", {})
+                },
+            }
+            if row.target is not None and federated:
+                reached = {seed: _first_round(result, row.target) for seed, result in results.items()}
+                whole["to_target"] = reached
+                whole["bytes_to_target"] = {
+                    seed: sent
+                    for seed, at in reached.items()
+                    if at is not None and (sent := _bytes_until(results[seed], at)) is not None
+                }
+        line = {
+            "rounds": "" if not federated else f"{number}" if number == last else f"{number} of {last}",
+            "accuracies": {seed: result["accuracy"][str(number)] for seed, result in results.items()},
+            "seconds": {},
+            **whole,
+        }
+        lines.append(
+            TableLine(
+                title=row.title, command=row.command(seeds), generator=source_of_synthetic(row), target=row.target, **line
+            )
+        )
+    return lines
+
+
+def source_of_synthetic(row: Row) -> str:
+    """Say where a row's synthetic images come from, and how they are degraded; empty where there are none."""
+    config = row.config
+    b, g = config.balancing, config.generator
+    used = (b.enabled and b.filling) or config.warm_start.enabled if row.kind == "federation" else row.kind == "synthetic-only"
+    if not used:
+        return ""
+    parts = [g.name, f"of {g.trained_on}" if g.trained_on else "", f"blur {g.blur:g} px" if g.blur else ""]
+    return ", ".join(filter(None, [*parts, f"noise {g.noise:g}" if g.noise else ""]))
+
+
+def _results(row: Row, seeds: Sequence[int], out: Path) -> Results:
+    files = {seed: out / row.name / f"{seed}.json" for seed in seeds}
+    return {seed: json.loads(file.read_text(encoding="utf-8")) for seed, file in files.items() if file.exists()}
+
+
+def _by_round(result: Mapping[str, Any], name: str) -> dict[int, float]:
+    return {int(number): value for number, value in result.get(name, {}).items()}
+
+
+def _first_round(result: Mapping[str, Any], target: float) -> int | None:
+    """Return the first round with at least the target accuracy; None if there is none."""
+    return min((number for number, accuracy in _by_round(result, "accuracy").items() if accuracy >= target), default=None)
+
+
+def _bytes_until(result: Mapping[str, Any], last: int) -> int | None:
+    """Return what was sent in both directions up to and with a round; None where the run did not count it."""
+    there, back = _by_round(result, "bytes_to_clients"), _by_round(result, "bytes_from_clients")
+    if not there or not back:
+        return None
+    return int(sum(value for sent in (there, back) for number, value in sent.items() if number <= last))

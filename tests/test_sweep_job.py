@@ -1,0 +1,161 @@
+"""One job of a sweep: what its result holds, how it goes on after a kill, and when memory holds it back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import quick
+
+from fbl_flower.commands import sweep_job
+from fbl_flower.commands.experiments import Row, read_rows
+from fbl_flower.commands.job_memory import MemoryGate, memory_of
+from fbl_flower.commands.sweep_job import remove_run, run_one
+from fbl_flower.config import Value, to_toml
+from fbl_flower.federation.local import run_local
+
+SETS = sorted((Path(__file__).parents[1] / "experiments").glob("0*"))
+GIVEN = ("pictures", "output-dir")
+
+
+def make_row(tmp_path: Path, kind: str = "federation", **overrides: Value) -> Row:
+    settings = {key: value for key, value in quick(tmp_path, **overrides).items() if key not in GIVEN}
+    file = tmp_path / "row.toml"
+    file.write_text(f'title = "t"\nkind = "{kind}"\n[config]\n{to_toml(settings)}')
+    return read_rows([file])[0]
+
+
+def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row, keep = make_row(tmp_path), tmp_path / "keep"
+    whole = run_one(row, 0, keep=tmp_path / "other")
+    half = row.settings | {"seed": 0, "num-threads": 1, "pictures": False, "output-dir": str(keep), "num-server-rounds": 2}
+    run_dir = run_local(half).run_dir  # as a kill after the checkpoint of round 2 leaves it
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "accu')
+    timings = [json.loads(line) for line in (run_dir / "timings.jsonl").read_text().splitlines()]
+    timings[1]["clients_seconds"] += 1000  # the earlier part's time counts
+    (run_dir / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timings))
+    capsys.readouterr()
+    resumed = run_one(row, 0, keep=keep)
+    assert f"goes on after round 2 of {run_dir}" in capsys.readouterr().out
+    assert [path.name for path in keep.iterdir()] == [run_dir.name]
+    assert resumed["accuracy"] == whole["accuracy"] and list(whole["accuracy"]) == ["0", "1", "2", "3"]
+    assert resumed["seconds"] > 1000 > whole["seconds"]
+    assert resumed["config"] == whole["config"] and resumed["config"]["seed"] == 0
+    assert (tmp_path / "state" / "clients" / run_dir.name).is_dir()
+    remove_run(row, 0, keep)
+    assert tmp_path.is_dir() and not keep.exists() and not (tmp_path / "state" / "clients" / run_dir.name).exists()
+
+
+def test_a_run_directory_that_does_not_fit_is_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row, keep = make_row(tmp_path, num_server_rounds=1), tmp_path / "keep"
+    other = row.settings | {"seed": 0, "num-threads": 1, "pictures": False, "output-dir": str(keep), "train.epochs": 2}
+    run_dir = run_local(other).run_dir
+    (keep / "0-killed-before-its-first-checkpoint").mkdir()
+    run_one(row, 0, keep=keep)
+    printed = capsys.readouterr().out
+    assert printed.count("starts afresh") == 2 and not run_dir.exists() and len(list(keep.iterdir())) == 1
+
+
+def test_the_job_writes_its_result_and_leaves_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, out = make_row(tmp_path, "public-only", num_server_rounds=1), tmp_path / "out" / "row" / "4.json"
+    out.parent.mkdir(parents=True)
+    arguments = ["sweep_job", "--row", str(row.file), "--seed", "4", "--out", str(out), "--overrides", '{"train.epochs": 2}']
+    monkeypatch.setattr("sys.argv", arguments)
+    assert sweep_job.main() == 0
+    result = json.loads(out.read_text())
+    assert list(result["accuracy"]) == ["1"] and 0 <= result["accuracy"]["1"] <= 1
+    assert result["config"]["train.epochs"] == 2 and result["config"]["seed"] == 4 and "state-dir" not in result["config"]
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_wrong_labels_among_the_kept_images(tmp_path: Path) -> None:
+    """300 images, 60 of them wrong. Without sampling, all are kept; with it, kept and set aside make up all again."""
+    settings: dict[str, Value] = {"data__wrong_labels": 0.2, "fraction_train": 1.0, "num_server_rounds": 1}
+    shares = run_one(make_row(tmp_path, balancing__sampling="none", **settings), 0, keep=tmp_path / "1")["wrong_labels"]
+    assert shares == {"kept": pytest.approx(0.2), "held": pytest.approx(0.2)}
+    shares = run_one(make_row(tmp_path, **settings), 0, keep=tmp_path / "2")["wrong_labels"]
+    assert min(shares["kept"], shares["set-aside"]) < 0.2 < max(shares["kept"], shares["set-aside"])
+    num_kept = 300 * (0.2 - shares["set-aside"]) / (shares["kept"] - shares["set-aside"])  # kept a + aside (1 - a) = held
+    assert num_kept == pytest.approx(round(num_kept), abs=1e-6) and 0 < num_kept < 300
+    plain = run_one(make_row(tmp_path, balancing__enabled=False, **settings), 0, keep=tmp_path / "3")
+    assert "wrong_labels" not in plain  # nobody chooses
+    shutil.rmtree(tmp_path / "state")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", SETS, ids=lambda path: path.name)
+def test_every_row_of_every_set_runs(folder: Path, tmp_path: Path) -> None:
+    """On the digits, with the tiny model, four clients and one round in place of the set's own."""
+    small = {key: value for key, value in quick(tmp_path, num_server_rounds=1).items() if key not in GIVEN}
+    small |= dict.fromkeys(("data.num-test", "data.num-public", "data.num-validation"), -1) | {"data.image-size": 0}
+    for row in read_rows([folder], overrides=small):
+        result = run_one(row, 0, keep=tmp_path / row.name)
+        assert 0 <= result["accuracy"]["1"] <= 1, row.name
+
+
+def test_the_memory_of_this_process_is_known() -> None:
+    import os
+
+    found = memory_of(os.getpid())
+    if found is None:
+        pytest.skip("this system does not tell a process's memory")
+    assert 10 * 2**20 < found[0] <= found[1]
+    assert memory_of(2**22 + 1) is None
+
+
+class Machine:
+    """A machine whose memory and clock a test sets; in MiB."""
+
+    def __init__(self, free: int, **of_pid: tuple[int, int]) -> None:
+        self.free, self.time, self.said = free, 0.0, list[str]()
+        self.of_pid = of_pid
+
+    def gate(self, *known: int) -> MemoryGate:
+        return MemoryGate(
+            [peak * 2**20 for peak in known],
+            measure=lambda pid: tuple(x * 2**20 for x in self.of_pid[f"p{pid}"]) if f"p{pid}" in self.of_pid else None,  # type: ignore[arg-type,return-value]
+            free=lambda: self.free * 2**20,
+            clock=lambda: self.time,
+            say=self.said.append,
+        )
+
+
+def test_the_first_job_runs_alone_until_its_peak_has_settled() -> None:
+    machine = Machine(free=2500, p1=(100, 100))
+    gate = machine.gate()
+    assert gate.may_start([])
+    machine.time = 10
+    assert not gate.may_start([1])  # it still grows
+    machine.time, machine.of_pid["p1"] = 15, (900, 1000)
+    assert not gate.may_start([1])
+    machine.time, machine.of_pid["p1"] = 34, (900, 1010)
+    assert not gate.may_start([1])
+    machine.time, machine.of_pid["p1"] = 36, (900, 1010)  # what creeps by less than two percent has settled
+    assert gate.may_start([1]) and machine.said == []  # needs 1111, and 2500 - 110 that the first may still take are free
+    machine.of_pid["p2"], machine.free = (200, 200), 1930
+    assert not gate.may_start([1, 2])  # 1930 - 110 - 810 = 1010 < 1111
+    assert not gate.may_start([1, 2]) and len(machine.said) == 1
+    assert "takes up to 1010 MiB, and 1010 MiB are left beside the 2 that run" in machine.said[0]
+    del machine.of_pid["p1"]
+    assert gate.may_start([2])  # the first has ended: 1930 - 810 = 1120
+
+
+def test_what_finished_jobs_took_is_known_from_the_start() -> None:
+    machine = Machine(free=1200, p1=(10, 10))
+    assert not machine.gate(1000).may_start([1])  # 1200 - 990 < 1100, whatever the first job has shown yet
+    machine.free = 2100
+    gate = machine.gate(1000)
+    assert gate.may_start([1])
+    gate.learn(1500 * 2**20)
+    assert not gate.may_start([1])
+
+
+def test_nothing_is_held_back_where_memory_cannot_be_measured() -> None:
+    machine = Machine(free=1)
+    assert machine.gate().may_start([1, 2, 3])
+    assert machine.gate(10**6).may_start([])  # one job always runs
