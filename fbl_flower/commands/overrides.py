@@ -59,7 +59,7 @@ def chosen_config(arguments: Sequence[str], *, resume: Path | None = None) -> tu
         asked = _resumed(resume, asked)
     for key in _PATHS:
         value = asked.get(key)
-        if isinstance(value, str) and value and not value.startswith("~"):
+        if isinstance(value, str) and value and not value.startswith("~") and (key, value) != ("resume", "auto"):
             asked[key] = os.path.abspath(value)
     config = parse_config(asked, found=problems)
     defaults = flatten(RunConfig())
