@@ -60,6 +60,7 @@ def prepare_client(
     cache_folder: Path,
     own_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    check: Callable[[DataParts, Examples], None] | None = None,
 ) -> ClientData:
     """Load a client's images, plan its balanced set, and generate what is missing and not yet on its disk.
 
@@ -69,9 +70,12 @@ def prepare_client(
         cache_folder: Folder of the client's image cache.
         own_folder: The client's own images, in place of a share of the private part.
         progress: Called with (images generated, images to generate).
+        check: Called with the data set and the client's images before anything is generated; may refuse by an error.
     """
     parts = _parts(config, own_folder)
     real = parts.private if own_folder else client_examples(config, parts, client)
+    if check is not None:
+        check(parts, real)
     plan = client_plan(config, real, parts.info.num_classes, client)
     synthetic, unfilled = real.take(torch.zeros(0, dtype=torch.int64)), 0.0
     if plan is not None and plan.fill.sum() > 0:
