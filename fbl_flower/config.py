@@ -176,6 +176,31 @@ class WarmStartConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How long the server waits for clients at the start, and how many it must have."""
+
+    timeout: float = option(
+        3600.0,
+        "seconds that the nodes have to come, and then their clients to get ready; who comes later joins a later round",
+        above=0.0,
+    )
+    quorum: float = option(
+        0.0, "share of the clients that must be ready before round 1, and at least one; else the run fails", low=0.0, high=1.0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportConfig:
+    """How a client's model travels back to the server."""
+
+    precision: str = option(
+        "fp32",
+        "fp16: a client sends what training changed, rounded to 16 bits, in place of the whole model",
+        choices=("fp32", "fp16"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
@@ -185,7 +210,10 @@ class RunConfig:
     fraction_train: float = option(0.5, "share of the clients that train in a round", above=0.0, high=1.0)
     output_dir: str = option("~/.fbl/runs", "folder of the run directories, on the server")
     state_dir: str = option("~/.fbl", "folder for image cache and client state, on each client")
-    resume: str = option("", "run directory of a killed run to go on with")
+    resume: str = option(
+        "",
+        "run directory of a killed run to go on with; auto: the newest unfinished one in output-dir with these settings, if any",
+    )
     checkpoint_every: int = option(5, "rounds between checkpoints; the last round always has one", low=1)
     pictures: bool = option(True, "draw the run's pictures at its end")
     timeout: float = option(3600.0, "seconds that the server waits for the clients in a round", above=0.0)
@@ -198,6 +226,8 @@ class RunConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,20 +17,49 @@ from fbl_flower.errors import RunFailed
 from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.wire import DESCRIBE, NodeDescription, code_fingerprint
 
-_PAUSE = 0.05
+_FIRST_PAUSE, _LAST_PAUSE = 0.05, 1.0  # seconds between two looks who is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One node: the id by which messages reach it, and what it said of itself."""
+
+    node: int
+    description: NodeDescription
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roster:
-    """Who is there.
+    """Who has come.
 
     Attributes:
-        node_of: The node id of each client that some node hosts, by client number.
-        absent: Clients that no node hosts, because it did not come or did not answer.
+        num_clients: Clients of the federation.
+        num_partitions: Nodes that the federation is laid out for.
+        members: The nodes, by partition.
     """
 
-    node_of: dict[int, int]
-    absent: list[int]
+    num_clients: int
+    num_partitions: int
+    members: dict[int, Member]
+
+    @property
+    def node_of(self) -> dict[int, int]:
+        """The node id of each client that some node hosts, by client number."""
+        places = {client: self.place_of(client) for client in range(self.num_clients)}
+        return {client: self.members[place].node for client, place in places.items() if place in self.members}
+
+    @property
+    def absent(self) -> list[int]:
+        """Clients that no node hosts, because it did not come or did not answer."""
+        return [client for client in range(self.num_clients) if self.place_of(client) not in self.members]
+
+    def place_of(self, client: int) -> int:
+        """Return the partition whose node hosts `client`."""
+        return client % self.num_partitions
+
+    def clients_of(self, place: int) -> list[int]:
+        """Return the clients that the node of a partition hosts."""
+        return list(range(place, self.num_clients, self.num_partitions))
 
 
 def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
@@ -53,21 +82,23 @@ def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
                 "Flower's background SuperLink was first started; stop it with `fbl-flower superlink stop` and run again. "
                 "In a deployment, install the same version on every machine."
             )
-    place: dict[int, int] = {}
+    members: dict[int, Member] = {}
     for node, description in sorted(described.items()):
-        if description.partition_id in place:
+        if description.partition_id in members:
             raise RunFailed(f"two nodes say that they are partition {description.partition_id}; give each its own partition-id")
-        place[description.partition_id] = node
-    hosts = {client: place[client % expected] for client in range(num_clients) if client % expected in place}
-    if not hosts:
+        members[description.partition_id] = Member(node=node, description=description)
+    roster = Roster(num_clients=num_clients, num_partitions=expected, members=members)
+    if not roster.node_of:
         raise RunFailed(f"{len(nodes)} nodes connected, and none hosts a client; wanted partition-id from 0 to {expected - 1}")
-    return Roster(node_of=hosts, absent=[client for client in range(num_clients) if client not in hosts])
+    return roster
 
 
 def _wait_for_nodes(grid: Grid, number: int, deadline: float) -> list[int]:
     """Return the connected nodes once there are `number` of them, or, at the deadline, those that came."""
+    pause = _FIRST_PAUSE
     while len(nodes := list(grid.get_node_ids())) < number and time.monotonic() < deadline:
-        time.sleep(_PAUSE)
+        time.sleep(pause)
+        pause = min(2 * pause, _LAST_PAUSE)
     if not nodes:
         raise RunFailed("no node connected in time")
     return nodes

@@ -29,15 +29,20 @@ class NodeDescription:
     Attributes:
         partition_id, num_partitions: The node's place among the nodes.
         code: Fingerprint of the code that the node runs (`code_fingerprint`).
+        name: What the node calls itself (`name` of its node config).
+        capability: full, rich (computes, cannot generate) or none (`capability` of its node config).
     """
 
     partition_id: int
     num_partitions: int
     code: str
+    name: str = ""
+    capability: str = "full"
 
     def to_record(self) -> RecordDict:
         fields: dict[str, int | str] = {
             "partition-id": self.partition_id, "num-partitions": self.num_partitions, "code": self.code,
+            "name": self.name, "capability": self.capability,
         }  # fmt: skip
         return RecordDict({"node": ConfigRecord(dict(fields))})
 
@@ -48,6 +53,8 @@ class NodeDescription:
             partition_id=int(str(node["partition-id"])),
             num_partitions=int(str(node["num-partitions"])),
             code=str(node["code"]),
+            name=str(node.get("name", "")),
+            capability=str(node.get("capability", "full")),
         )
 
 
@@ -103,7 +110,7 @@ class Reply:
     """A client's answer to a round.
 
     Attributes:
-        arrays: The client's model.
+        arrays: The client's model, or its difference to what was received (`federation.transport`).
         num_examples: Size of the set that it trained on.
         num_real: Its real images.
         loss: Mean training loss; 0 for a client without images.
