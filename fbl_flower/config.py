@@ -16,27 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
+from fbl_flower.deployment_options import PrepareConfig, TransportConfig
 from fbl_flower.errors import ConfigError
-
-Value = bool | int | float | str
+from fbl_flower.options import Value as Value
+from fbl_flower.options import option
 
 _PACKAGED = ("mnist5k", "digits")  # data sets that come with a package
 _OWN = ("folder", "parquet")  # the user's own images
 _NAMED = ("cifar10", "cifar100", "tiny-imagenet", "eurosat", "fashion-mnist")
 DATA_NAMES = (*_PACKAGED, *_NAMED, *_OWN)
-
-
-def option(
-    default: Value,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-) -> Any:
-    """Declare one setting: its default, its meaning, and the values it allows (`low <= x <= high`, `x > above`)."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high, "above": above})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,31 +161,6 @@ class WarmStartConfig:
     enabled: bool = option(False, "start from a model trained on synthetic images")
     num_images: int = option(0, "synthetic images; 0: as many as the clients have real ones together", low=0)
     epochs: int = option(20, "passes over them", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """How long the server waits for clients at the start, and how many it must have."""
-
-    timeout: float = option(
-        3600.0,
-        "seconds that the nodes have to come, and then their clients to get ready; who comes later joins a later round",
-        above=0.0,
-    )
-    quorum: float = option(
-        0.0, "share of the clients that must be ready before round 1, and at least one; else the run fails", low=0.0, high=1.0
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransportConfig:
-    """How a client's model travels back to the server."""
-
-    precision: str = option(
-        "fp32",
-        "fp16: a client sends what training changed, rounded to 16 bits, in place of the whole model",
-        choices=("fp32", "fp16"),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

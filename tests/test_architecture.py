@@ -22,7 +22,8 @@ LEVELS: list[set[str]] = [
     {"data"},
     {"device"},
     {"config"},
-    {"params", "seeding", "errors"},
+    {"deployment_options"},
+    {"options", "params", "seeding", "errors"},
 ]
 LEVEL_OF = {name: len(LEVELS) - i for i, level in enumerate(LEVELS) for name in level}
 

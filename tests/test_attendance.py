@@ -57,7 +57,8 @@ def test_the_table_names_nodes_and_why_a_client_is_not_prepared(tmp_path: Path, 
     names = {1: {"name": "kitchen", "capability": "rich"}, 2: {"name": "  two\nlines "}}
     rows, table = federate(tmp_path, lambda _: {1, 2, 3, 4}, names)
     assert [(row["name"], row["clients"], row["capability"], row["connected"]) for row in table["nodes"]] == [
-        ("kitchen", [0], "rich", True), ("two lines", [1], "full", True), ("node-2", [2], "full", True), ("node-3", [3], "full", True),
+        ("kitchen", [0], "rich", True), ("two lines", [1], "not stated", True), ("node-2", [2], "not stated", True),
+        ("node-3", [3], "not stated", True),
     ]  # fmt: skip
     assert [list(row["not_prepared"]) for row in table["nodes"]] == [[], [], ["2"], []]
     reason = table["nodes"][2]["not_prepared"]["2"]

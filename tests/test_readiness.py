@@ -46,7 +46,7 @@ def test_too_little_space_is_told_by_the_number_of_images_alone(tmp_path: Path, 
     one_class = real.take(torch.zeros(len(real), dtype=torch.int64))  # the same number, the most unequal classes
     needed = 4096 * len(real)
     for examples in (real, one_class):
-        readiness = Readiness(config, 0, cache_folder=tmp_path / "state" / "cache", own_folder=None)
+        readiness = Readiness(config, 0, state_dir=tmp_path / "state", own_folder=None)
         with_free(monkeypatch, needed)
         readiness.check(parts, examples)
         with_free(monkeypatch, needed - 1)
@@ -54,6 +54,20 @@ def test_too_little_space_is_told_by_the_number_of_images_alone(tmp_path: Path, 
             readiness.check(parts, examples)
         size = f"{needed / 2**20:.1f} MiB"
         assert caught.value.public == f"its disk has too little space: {size} needed for {len(real)} images, {size} free"
+
+
+def test_a_rich_client_may_fill_every_class_and_one_that_cannot_generate_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(quick(tmp_path))
+    parts = load_parts(config.data)
+    real = parts.private.take(torch.arange(12))
+    rich, none = (Readiness(config, 0, state_dir=tmp_path, own_folder=None, capability=kind) for kind in ("rich", "none"))
+    with_free(monkeypatch, 10 * 12 * 4096 - 1)
+    with pytest.raises(DataError, match="needed for 120 images"):
+        rich.check(parts, real)
+    with_free(monkeypatch, 0)
+    none.check(parts, real)
 
 
 def test_who_is_prepared_needs_no_more_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,10 +89,10 @@ def test_a_client_that_does_not_fill_needs_neither_space_nor_a_generator(
     config = parse_config(quick(tmp_path, balancing__filling=False, generator__name="diffusion", generator__path=str(tmp_path)))
     parts = load_parts(config.data)
     with_free(monkeypatch, 0)
-    Readiness(config, 0, cache_folder=tmp_path, own_folder=None).check(parts, parts.private)
+    Readiness(config, 0, state_dir=tmp_path, own_folder=None).check(parts, parts.private)
     filling = parse_config(quick(tmp_path, generator__name="diffusion", generator__path=str(tmp_path)))
     with pytest.raises(GeneratorError) as caught:
-        Readiness(filling, 0, cache_folder=tmp_path, own_folder=None).check(parts, parts.private)
+        Readiness(filling, 0, state_dir=tmp_path, own_folder=None).check(parts, parts.private)
     assert caught.value.public == "its generator cannot be used" and str(tmp_path) in str(caught.value)
 
 

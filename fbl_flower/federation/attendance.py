@@ -13,13 +13,13 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fbl_flower.errors import RunFailed
+from fbl_flower.federation.exchange import AWAY
 from fbl_flower.federation.roster import Member, Roster
 from fbl_flower.federation.wire import DESCRIBE, NodeDescription, code_fingerprint
 from fbl_flower.reporting.rundir import RunDirectory
 
 _PATIENCE = 30.0  # seconds that a round's start waits for a new node to say who it is; after that it may say so during a round
 _PAUSE = 0.5
-AWAY = "its node is not connected"
 NOT_ASKED = "not asked yet"
 
 
@@ -28,7 +28,7 @@ class NodeRow:
     """One node in the table: nothing in it comes from a client's data.
 
     Attributes:
-        name, capability: As the node gave them; empty for one that never came.
+        name, capability: As the node gave them; "not stated" where its node config has no capability.
         partition: Its place among the nodes.
         clients: Those that it hosts.
         connected: Whether it was at the last look.
@@ -178,7 +178,7 @@ class Attendance:
             name=member.description.name if member else f"node-{place}",
             partition=place,
             clients=clients,
-            capability=member.description.capability if member else "",
+            capability=(member.description.capability if member else "") or "not stated",
             connected=member is not None and member.node in self._connected,
             not_prepared={str(client): self._unprepared[client] for client in clients if client in self._unprepared},
         )

@@ -76,7 +76,7 @@ def prepare(message: Message, context: Context) -> Message:
     """Get one client's data ready: what is already on its disk is not generated again."""
     config, request = _config(context), Request.from_record(message.content)
     _tidy(_state_dir(context) / "clients", keep_state_days(context), request.run)
-    _client_data(config, request.client, _state_dir(context), _own_folder(config, context))
+    _client_data(config, request.client, _state_dir(context), _own_folder(config, context), _capability(context))
     return Message(RecordDict(), reply_to=message)
 
 
@@ -87,7 +87,7 @@ def train(message: Message, context: Context) -> Message:
     started = time.perf_counter()
     config, request = _config(context), Request.from_record(message.content)
     # Prepared at first contact, if it was not before.
-    data = _client_data(config, request.client, _state_dir(context), _own_folder(config, context))
+    data = _client_data(config, request.client, _state_dir(context), _own_folder(config, context), _capability(context))
     store = StateStore(state_folder(_state_dir(context), request.run, request.client))
     state = store.load(before_round=request.server_round)
     result = run_local_round(
@@ -133,6 +133,10 @@ def _state_dir(context: Context) -> Path:
     return Path(str(context.node_config.get("state-dir", context.run_config.get("state-dir", "~/.fbl")))).expanduser()
 
 
+def _capability(context: Context) -> str:
+    return str(context.node_config.get("capability", ""))
+
+
 def _own_folder(config: RunConfig, context: Context) -> Path | None:
     """Return the folder with the images of the node's one client (`data-path` of its node config), or None."""
     path = str(context.node_config.get("data-path", ""))
@@ -155,7 +159,7 @@ def _tidy(folder: Path, days: float, run: str) -> None:
 
 
 @functools.lru_cache(maxsize=128)
-def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Path | None) -> ClientData:
+def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Path | None, capability: str) -> ClientData:
     """Prepare a client, once per process and configuration; progress goes to the node's own terminal."""
     if not _log.handlers:
         _log.addHandler(logging.StreamHandler())
@@ -170,11 +174,15 @@ def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Pa
             _log.info("client %d: %d %% of its synthetic images generated", client, 25 * quarter)
             told = quarter
 
-    cache = state_dir / "cache"
-    readiness = Readiness(config, client, cache_folder=cache, own_folder=own_folder)
+    readiness = Readiness(config, client, state_dir=state_dir, own_folder=own_folder, capability=capability)
     with explained():
         data = prepare_client(
-            config, client, cache_folder=cache, own_folder=own_folder, progress=progress, check=readiness.check
+            config,
+            client,
+            cache_folder=state_dir / "cache",
+            own_folder=own_folder,
+            progress=progress,
+            check=readiness.check,
         )
     if data.unfilled > 0:
         _log.warning(

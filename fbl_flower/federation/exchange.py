@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+AWAY = "its node is not connected"
 _FIRST_PAUSE, _LAST_PAUSE = 0.05, 1.0  # seconds between two looks for replies; a deployment's looks are HTTP requests
 
 
@@ -63,7 +65,7 @@ def ask(
             key = waiting.pop(reply.metadata.reply_to_message_id)
             elapsed[key] = time.monotonic() - sent[key]
             if reply.has_error():
-                failures[key] = one_line(reply.error.reason or f"error {reply.error.code}")
+                failures[key] = _reason(reply.error, timeout)
             else:
                 contents[key] = reply.content
             if progress is not None:
@@ -80,8 +82,15 @@ def ask(
     )
 
 
-def one_line(reason: str) -> str:
-    """Strip Flower's wrapping, "<class 'x'>:<'reason'>", where it is there."""
-    text = " ".join(reason.split())
+def _reason(error: Error, timeout: float) -> str:
+    """Say what happened in our words where Flower itself answers for a node, else give the node's own, without Flower's wrapping."""
+    match error.code:
+        case ErrorCode.MESSAGE_UNAVAILABLE | ErrorCode.REPLY_MESSAGE_UNAVAILABLE:  # it expired just before our own deadline
+            return f"no answer within {timeout:g} s"
+        case ErrorCode.NODE_UNAVAILABLE:
+            return AWAY
+        case ErrorCode.CLIENT_APP_CRASHED:
+            return "its process ended without an answer"
+    text = " ".join((error.reason or f"error {error.code}").split())
     start = text.find(":<'")
     return text[start + 3 : -2] if text.startswith("<class") and start >= 0 and text.endswith("'>") else text

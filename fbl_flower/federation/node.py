@@ -19,8 +19,8 @@ def describe_node(context: Context) -> NodeDescription:
         ConfigError: The node config's `capability` is none of those there are.
     """
     node = context.node_config
-    partition_id, capability = int(str(node.get("partition-id", 0))), str(node.get("capability", CAPABILITIES[0]))
-    if capability not in CAPABILITIES:
+    partition_id, capability = int(str(node.get("partition-id", 0))), str(node.get("capability", ""))
+    if capability and capability not in CAPABILITIES:
         raise ConfigError([f"capability (node config): got {capability!r}; allowed: {' | '.join(CAPABILITIES)}"])
     name = " ".join(str(node.get("name", "")).split())[:_LONGEST_NAME]
     return NodeDescription(

@@ -49,6 +49,11 @@ class Roster:
         return {client: self.members[place].node for client, place in places.items() if place in self.members}
 
     @property
+    def described(self) -> dict[int, NodeDescription]:
+        """What the node of each hosted client said of itself, by client number."""
+        return {client: self.members[self.place_of(client)].description for client in self.node_of}
+
+    @property
     def absent(self) -> list[int]:
         """Clients that no node hosts, because it did not come or did not answer."""
         return [client for client in range(self.num_clients) if self.place_of(client) not in self.members]

@@ -30,14 +30,14 @@ class NodeDescription:
         partition_id, num_partitions: The node's place among the nodes.
         code: Fingerprint of the code that the node runs (`code_fingerprint`).
         name: What the node calls itself (`name` of its node config).
-        capability: full, rich (computes, cannot generate) or none (`capability` of its node config).
+        capability: full, rich or none, as `capability` of its node config states it; empty: it states nothing.
     """
 
     partition_id: int
     num_partitions: int
     code: str
     name: str = ""
-    capability: str = "full"
+    capability: str = ""
 
     def to_record(self) -> RecordDict:
         fields: dict[str, int | str] = {
@@ -54,7 +54,7 @@ class NodeDescription:
             num_partitions=int(str(node["num-partitions"])),
             code=str(node["code"]),
             name=str(node.get("name", "")),
-            capability=str(node.get("capability", "full")),
+            capability=str(node.get("capability", "")),
         )
 
 

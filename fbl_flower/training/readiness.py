@@ -46,33 +46,43 @@ class Readiness:
     Args:
         config: The run's.
         client: Its number.
-        cache_folder: Where its synthetic images go; also remembers, in a file without content, that the client was prepared.
+        state_dir: The node's folder: `cache` in it takes the synthetic images, and an empty file in `prepared` remembers a check.
         own_folder: The client's own images, or None.
+        capability: full, rich or none; empty is full.
     """
 
-    def __init__(self, config: RunConfig, client: int, *, cache_folder: Path, own_folder: Path | None) -> None:
-        self._config, self._cache = config, cache_folder
+    def __init__(
+        self, config: RunConfig, client: int, *, state_dir: Path, own_folder: Path | None, capability: str = ""
+    ) -> None:
+        self._config, self._state_dir, self._capability = config, state_dir, capability
         decisive = {key: value for key, value in flatten(config).items() if key.startswith(_DECISIVE)}
-        digest = hashlib.sha256(json.dumps([decisive, client, str(own_folder)], sort_keys=True).encode()).hexdigest()
-        self._mark = cache_folder / ".prepared" / digest
+        digest = hashlib.sha256(
+            json.dumps([decisive, client, str(own_folder), capability], sort_keys=True).encode()
+        ).hexdigest()
+        self._mark = state_dir / "prepared" / digest
 
     def check(self, parts: DataParts, real: Examples) -> None:
         """Check the generator's files, and the disk's space for the fill.
 
-        The space is that of N_k images, the most that a client can lack. Neither the answer nor the number tells what it does lack.
+        The space is that of N_k images, the most that a client can lack (rich ones: N_k of each class). Neither the answer nor
+        the number tells what it does lack.
 
         Raises:
             GeneratorError: The generator is missing or does not fit.
             DataError: The disk has too little space.
         """
         b = self._config.balancing
-        if not (b.enabled and b.filling) or self._mark.exists():
+        if not (b.enabled and b.filling) or self._capability == "none":
             return
         _check_generator_once(self._config, parts)
-        folder = next(path for path in (self._cache, *self._cache.parents) if path.exists())
-        needed, free = fill_bytes(len(real), real.images[0].numel() if len(real) else 0), shutil.disk_usage(folder).free
+        cache = self._state_dir / "cache"
+        if self._mark.exists() and cache.is_dir():
+            return
+        folder = next(path for path in (cache, *cache.parents) if path.exists())
+        most = len(real) * (parts.info.num_classes if self._capability == "rich" else 1)
+        needed, free = fill_bytes(most, real.images[0].numel() if most else 0), shutil.disk_usage(folder).free
         if free < needed:
-            numbers = f"{needed / _MIB:.1f} MiB needed for {len(real)} images, {free / _MIB:.1f} MiB free"
+            numbers = f"{needed / _MIB:.1f} MiB needed for {most} images, {free / _MIB:.1f} MiB free"
             raise DataError(
                 f"state-dir: too little space on the disk of {folder}: {numbers}; free some, or set state-dir in the node config",
                 public=f"its disk has too little space: {numbers}",
