@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from logging import WARNING
 
 from flwr.app import RecordDict
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fbl_flower.errors import RunFailed
@@ -114,6 +116,8 @@ def _describe(grid: Grid, nodes: list[int], deadline: float, *, others: bool = F
     if not nodes:
         return {}
     answers = ask(grid, {node: (node, RecordDict()) for node in nodes}, DESCRIBE, timeout=max(deadline - time.monotonic(), 1.0))
+    for reason in answers.failures.values():
+        log(WARNING, "A node did not say who it is: %s", reason)
     descriptions: dict[int, NodeDescription] = {}
     for node, content in answers.contents.items():
         if "node" in content:
