@@ -132,7 +132,9 @@ class Deployment:
         """Submit a run and return its id."""
         (self.folder / name).write_text(to_toml(settings))
         done = self.flwr("run", str(ROOT), "edge", "-c", str(self.folder / name), "--format", "json")
-        return str(json.loads(done[done.index("{") :])["run-id"])
+        answer = json.loads(done[done.index("{") :])
+        assert answer.get("success", True) and "run-id" in answer, f"{answer}\n{self.log()}"
+        return str(answer["run-id"])
 
     def flwr(self, *arguments: str) -> str:
         """Call Flower's command line as the operator and return what it prints."""
@@ -164,6 +166,11 @@ class Deployment:
         for process in found:
             _send(process, number)
         return found
+
+    def kill(self, name: str) -> None:
+        """Kill all processes of a node or the server and wait until they are gone."""
+        assert self.send(signal.SIGKILL, name), f"nothing of {name} to kill"
+        wait_for(lambda: not self.processes(name), 30.0, f"the end of {name}")
 
     def log(self) -> str:
         """Return what all processes said."""

@@ -18,6 +18,7 @@ from fbl_flower.data.datasets import load_parts
 from fbl_flower.errors import DataError, GeneratorError, RunFailed
 from fbl_flower.federation import client
 from fbl_flower.federation.local import run_local
+from fbl_flower.training import prepare
 from fbl_flower.training.prepare import client_examples
 from fbl_flower.training.readiness import Readiness, explained, fill_bytes
 
@@ -167,3 +168,22 @@ def test_a_run_clears_the_state_of_old_ones(tmp_path: Path) -> None:
     old = an_old_run(tmp_path / "state" / "clients", "20260101-101010-abcdef", 31)
     assert run_local(quick(tmp_path, num_server_rounds=1)).summary["status"] == "completed"
     assert not old.exists()
+
+
+def test_who_finds_all_images_on_disk_does_not_load_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = quick(tmp_path, generator__name="diffusion", data__num_private=60, num_server_rounds=1, fraction_train=1.0)
+    first = run_local(settings)
+    client._client_data.cache_clear()
+    prepare._load_once.cache_clear()
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was loaded")
+
+    monkeypatch.setattr("fbl_flower.generation.diffusion.load_quantized", never)
+    second = run_local(settings)
+    assert second.summary["left_out"] == second.summary["not_prepared"] == {}
+    assert (first.run_dir / "metrics.jsonl").read_bytes() == (second.run_dir / "metrics.jsonl").read_bytes()
+    client._client_data.cache_clear()
+    prepare._load_once.cache_clear()
+    with pytest.raises(RunFailed):  # others are not there yet
+        run_local(settings | {"seed": 1})

@@ -63,7 +63,8 @@ def test_clients_that_are_killed_or_slow_are_left_out_and_come_back(tmp_path: Pa
     run_id = deployment.submit(settings)
 
     wait_for(lambda: len(files_of(caches[2])) >= 8, LONG, "node 2 to generate", deployment.log)
-    assert deployment.send(signal.SIGKILL, "node-2", "flwr-clientapp") and deployment.send(signal.SIGKILL, "node-2")
+    assert deployment.processes("node-2", "flwr-clientapp")
+    deployment.send(signal.SIGKILL, "node-2")
     before_kill = files_of(caches[2])
     assert not list(deployment.state_dir(2).glob("prepared/*")), "node 2 was killed too late"
 
@@ -128,7 +129,7 @@ def test_bad_machines_are_named_and_a_killed_server_goes_on_by_the_same_command(
         watch = Watch(tmp_path / "runs", deployment.log)
         deployment.submit(settings)
 
-        first = watch.wait_for_row(lambda row: True, LONG, "round 1")
+        first = watch.wait_for_row(lambda row: True, LONG, "the first round")
         assert first["clients"] == [0] and first["left_out"].keys() == {"1", "2"}
         assert "its disk has too little space: 0.0 MiB needed for 12 images, 0.0 MiB free" in first["left_out"]["1"]
         assert "its generator cannot be used" in first["left_out"]["2"]
@@ -138,7 +139,7 @@ def test_bad_machines_are_named_and_a_killed_server_goes_on_by_the_same_command(
         subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
         weights[2].write_bytes(whole)
         watch.wait_for_row(lambda row: row["clients"] == [0, 1, 2], LONG, "all three in a round")
-        deployment.send(signal.SIGKILL, "server")
+        deployment.kill("server")
         before = watch.rows()
         assert watch.summary() is None
         (tmp_path / "photos-2").rename(tmp_path / "vanished")
