@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
+from fbl_flower.deployment_options import PrepareConfig, TransportConfig
 from fbl_flower.errors import ConfigError
 from fbl_flower.method_options import (
     ClientsConfig,
@@ -202,7 +203,10 @@ class RunConfig:
     fraction_train: float = option(0.5, "share of the clients that train in a round", above=0.0, high=1.0)
     output_dir: str = option("~/.fbl/runs", "folder of the run directories, on the server")
     state_dir: str = option("~/.fbl", "folder for image cache and client state, on each client")
-    resume: str = option("", "run directory of a killed run to go on with")
+    resume: str = option(
+        "",
+        "run directory of a killed run to go on with; auto: the newest unfinished one in output-dir with these settings, if any",
+    )
     checkpoint_every: int = option(5, "rounds between checkpoints; the last round always has one", low=1)
     pictures: bool = option(True, "draw the run's pictures at its end")
     timeout: float = option(3600.0, "seconds that the server waits for the clients in a round", above=0.0)
@@ -221,6 +225,8 @@ class RunConfig:
     scaffold: ScaffoldConfig = field(default_factory=ScaffoldConfig)
     fedgen: FedGenConfig = field(default_factory=FedGenConfig)
     clients: ClientsConfig = field(default_factory=ClientsConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ LEVELS: list[set[str]] = [
     {"data"},
     {"device"},
     {"config"},
-    {"method_options", "roundstore"},
+    {"method_options", "deployment_options", "roundstore"},
     {"options", "params", "seeding", "errors"},
 ]
 LEVEL_OF = {name: len(LEVELS) - i for i, level in enumerate(LEVELS) for name in level}

@@ -41,7 +41,7 @@ def test_run_directory_holds_everything(tmp_path: Path) -> None:
     outcome = run_local(quick(tmp_path, num_server_rounds=6, train__epochs=2, pictures=True))
     names = {p.name for p in outcome.run_dir.iterdir()}
     assert names == {
-        "config.toml", "versions.json", "metrics.jsonl", "timings.jsonl", "summary.json", "checkpoint.safetensors",
+        "config.toml", "versions.json", "metrics.jsonl", "timings.jsonl", "nodes.json", "summary.json", "checkpoint.safetensors",
         "model.safetensors", "accuracy.png", "gallery.png", "alignment.png", "alignment.json", "class_counts.png",
     }  # fmt: skip
     rows = [json.loads(line) for line in metrics(outcome.run_dir).splitlines()]
@@ -221,7 +221,7 @@ def test_a_client_that_does_not_answer_is_left_out(tmp_path: Path) -> None:
 
 
 def test_nodes_that_run_other_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fbl_flower.federation.client.code_fingerprint", lambda: "another checkout")
+    monkeypatch.setattr("fbl_flower.federation.node.code_fingerprint", lambda: "another checkout")
     with pytest.raises(RunFailed, match="runs other code than the server.*superlink stop"):
         run_local(quick(tmp_path))
     with pytest.raises(RunFailed, match="did not describe themselves as FBL clients"):

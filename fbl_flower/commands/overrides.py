@@ -68,7 +68,7 @@ def absolute_paths(settings: Mapping[str, Value]) -> dict[str, Value]:
     found = dict(settings)
     for key in _PATHS:
         value = found.get(key)
-        if isinstance(value, str) and value and not value.startswith("~"):
+        if isinstance(value, str) and value and not value.startswith("~") and (key, value) != ("resume", "auto"):
             found[key] = os.path.abspath(value)
     return found
 

@@ -14,16 +14,20 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fbl_flower.balancing.old_state import remove_old_runs
 from fbl_flower.balancing.state import StateStore
 from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.errors import DataError, FBLError
-from fbl_flower.federation.wire import NodeDescription, Reply, Request, code_fingerprint
+from fbl_flower.federation.node import describe_node, keep_state_days
+from fbl_flower.federation.transport import shrink
+from fbl_flower.federation.wire import Reply, Request
 from fbl_flower.methods.base import State
 from fbl_flower.methods.choice import local_method
 from fbl_flower.params import all_finite
 from fbl_flower.roundstore import Record, RoundStore
 from fbl_flower.training.filtering import filter_row
 from fbl_flower.training.prepare import ClientData, prepare_client
+from fbl_flower.training.readiness import Readiness, explained
 from fbl_flower.training.roles import Role, role_of
 from fbl_flower.training.round import run_local_round
 
@@ -57,6 +61,8 @@ def _discreet(handler: Handler) -> Handler:
             except OSError:
                 pass  # a full or read-only disk must not hide the reason from the server
             reason = error.public if isinstance(error, FBLError) else type(error).__name__
+            if isinstance(error, OSError) and error.strerror:
+                reason += f" ({error.strerror})"  # such as a full disk; never its path
             return Message(Error(CLIENT_FAILED, f"{reason}; the client's {log_file} has the details"), reply_to=message)
 
     return guarded
@@ -66,15 +72,7 @@ def _discreet(handler: Handler) -> Handler:
 @_discreet
 def describe(message: Message, context: Context) -> Message:
     """Say which partition this node is, and which code it runs."""
-    node = context.node_config
-    description = NodeDescription(
-        partition_id=int(str(node.get("partition-id", 0))),
-        num_partitions=int(str(node.get("num-partitions", 1))),
-        code=code_fingerprint(),
-        capability=str(node.get("capability", "")),
-        method=str(node.get("method", "")),
-    )
-    return Message(description.to_record(), reply_to=message)
+    return Message(describe_node(context).to_record(), reply_to=message)
 
 
 @app.train("prepare")
@@ -83,6 +81,7 @@ def prepare(message: Message, context: Context) -> Message:
     """Get one client's data ready: what is already on its disk is not generated again."""
     config, request = _config(context), Request.from_record(message.content)
     role = _role(config, request.client, context)
+    _tidy(_state_dir(context) / "clients", keep_state_days(context), request.run)
     _client_data(config, request.client, _state_dir(context), _own_folder(config, context), role.capability)
     return Message(RecordDict(), reply_to=message)
 
@@ -132,7 +131,7 @@ def train(message: Message, context: Context) -> Message:
                 file.write(json.dumps({"round": request.server_round} | filter_row(data, result.state.kept_fill)) + "\n")
     shares = config.balancing.average_embeddings and result.state is not None
     reply = Reply(
-        arrays=result.arrays,
+        arrays=shrink(result.arrays, request.arrays, precision=config.transport.precision),
         num_examples=result.num_real if config.aggregation.weight_by == "real" else result.num_examples,
         num_real=result.num_real,
         loss=result.training.loss if result.training else 0.0,
@@ -187,6 +186,12 @@ def _own_folder(config: RunConfig, context: Context) -> Path | None:
     return Path(path).expanduser()
 
 
+@functools.lru_cache(maxsize=1)  # once per run and process, however many clients it hosts
+def _tidy(folder: Path, days: float, run: str) -> None:
+    if removed := remove_old_runs(folder, days=days, keep=run):
+        _log.info("removed the state of %d runs that were not touched for %g days", len(removed), days)
+
+
 @functools.lru_cache(maxsize=128)
 def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Path | None, capability: str) -> ClientData:
     """Prepare a client, once per process and configuration; progress goes to the node's own terminal."""
@@ -203,14 +208,17 @@ def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Pa
             _log.info("client %d: %d %% of its synthetic images generated", client, 25 * quarter)
             told = quarter
 
-    data = prepare_client(
-        config,
-        client,
-        cache_folder=state_dir / "cache",
-        own_folder=own_folder,
-        progress=progress,
-        capability=capability,
-    )
+    readiness = Readiness(config, client, state_dir=state_dir, own_folder=own_folder, capability=capability)
+    with explained():
+        data = prepare_client(
+            config,
+            client,
+            cache_folder=state_dir / "cache",
+            own_folder=own_folder,
+            progress=progress,
+            check=readiness.check,
+            capability=capability,
+        )
     if data.unfilled > 0:
         _log.warning(
             "client %d: %.0f %% of its synthetic images are missing: generator.time-budget ran out; real ones stay instead, and "
@@ -218,4 +226,6 @@ def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Pa
             client,
             100 * data.unfilled,
         )
+    else:
+        readiness.done()
     return data

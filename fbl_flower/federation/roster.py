@@ -8,9 +8,11 @@ Flower draws anew each run, decide nothing.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from logging import WARNING
 
 from flwr.app import RecordDict
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fbl_flower.errors import RunFailed
@@ -18,22 +20,54 @@ from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.wire import DESCRIBE, NodeDescription, code_fingerprint
 from fbl_flower.training.roles import stated_problems
 
-_PAUSE = 0.05
+_FIRST_PAUSE, _LAST_PAUSE = 0.05, 1.0  # seconds between two looks who is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One node: the id by which messages reach it, and what it said of itself."""
+
+    node: int
+    description: NodeDescription
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roster:
-    """Who is there.
+    """Who has come.
 
     Attributes:
-        node_of: The node id of each client that some node hosts, by client number.
-        absent: Clients that no node hosts, because it did not come or did not answer.
-        described: What each client's node says of itself, by client number.
+        num_clients: Clients of the federation.
+        num_partitions: Nodes that the federation is laid out for.
+        members: The nodes, by partition.
     """
 
-    node_of: dict[int, int]
-    absent: list[int]
-    described: dict[int, NodeDescription] = field(default_factory=dict)
+    num_clients: int
+    num_partitions: int
+    members: dict[int, Member]
+
+    @property
+    def node_of(self) -> dict[int, int]:
+        """The node id of each client that some node hosts, by client number."""
+        places = {client: self.place_of(client) for client in range(self.num_clients)}
+        return {client: self.members[place].node for client, place in places.items() if place in self.members}
+
+    @property
+    def described(self) -> dict[int, NodeDescription]:
+        """What the node of each hosted client said of itself, by client number."""
+        return {client: self.members[self.place_of(client)].description for client in self.node_of}
+
+    @property
+    def absent(self) -> list[int]:
+        """Clients that no node hosts, because it did not come or did not answer."""
+        return [client for client in range(self.num_clients) if self.place_of(client) not in self.members]
+
+    def place_of(self, client: int) -> int:
+        """Return the partition whose node hosts `client`."""
+        return client % self.num_partitions
+
+    def clients_of(self, place: int) -> list[int]:
+        """Return the clients that the node of a partition hosts."""
+        return list(range(place, self.num_clients, self.num_partitions))
 
 
 def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
@@ -64,25 +98,23 @@ def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
     ]
     if wrong:
         raise RunFailed("nothing was trained; " + "; ".join(wrong))
-    place: dict[int, int] = {}
+    members: dict[int, Member] = {}
     for node, description in sorted(described.items()):
-        if description.partition_id in place:
+        if description.partition_id in members:
             raise RunFailed(f"two nodes say that they are partition {description.partition_id}; give each its own partition-id")
-        place[description.partition_id] = node
-    hosts = {client: place[client % expected] for client in range(num_clients) if client % expected in place}
-    if not hosts:
+        members[description.partition_id] = Member(node=node, description=description)
+    roster = Roster(num_clients=num_clients, num_partitions=expected, members=members)
+    if not roster.node_of:
         raise RunFailed(f"{len(nodes)} nodes connected, and none hosts a client; wanted partition-id from 0 to {expected - 1}")
-    return Roster(
-        node_of=hosts,
-        absent=[client for client in range(num_clients) if client not in hosts],
-        described={client: described[node] for client, node in hosts.items()},
-    )
+    return roster
 
 
 def _wait_for_nodes(grid: Grid, number: int, deadline: float) -> list[int]:
     """Return the connected nodes once there are `number` of them, or, at the deadline, those that came."""
+    pause = _FIRST_PAUSE
     while len(nodes := list(grid.get_node_ids())) < number and time.monotonic() < deadline:
-        time.sleep(_PAUSE)
+        time.sleep(pause)
+        pause = min(2 * pause, _LAST_PAUSE)
     if not nodes:
         raise RunFailed("no node connected in time")
     return nodes
@@ -93,6 +125,8 @@ def _describe(grid: Grid, nodes: list[int], deadline: float, *, others: bool = F
     if not nodes:
         return {}
     answers = ask(grid, {node: (node, RecordDict()) for node in nodes}, DESCRIBE, timeout=max(deadline - time.monotonic(), 1.0))
+    for reason in answers.failures.values():
+        log(WARNING, "A node did not say who it is: %s", reason)
     descriptions: dict[int, NodeDescription] = {}
     for node, content in answers.contents.items():
         if "node" in content:

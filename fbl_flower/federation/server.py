@@ -23,16 +23,20 @@ from fbl_flower.config import RunConfig, parse_config
 from fbl_flower.data.datasets import DataParts, load_parts, scored_part
 from fbl_flower.device import pick_device
 from fbl_flower.errors import FBLError, RunFailed
+from fbl_flower.federation.attendance import Attendance
+from fbl_flower.federation.cost import Traffic, payload_bytes
 from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.method_rounds import announce, packed_state, roles_of, update_of
 from fbl_flower.federation.preflight import preflight
 from fbl_flower.federation.report import write_report
 from fbl_flower.federation.roster import Roster, call_roll
+from fbl_flower.federation.transport import restore
 from fbl_flower.federation.wire import PREPARE, TRAIN, Reply, Request, array_record
 from fbl_flower.methods.server import lacks_arrays, model_to_average, next_state, with_first_state
 from fbl_flower.models import empty_classifier, new_classifier
 from fbl_flower.params import Arrays, all_finite, to_arrays, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
+from fbl_flower.reporting.unfinished import open_run
 from fbl_flower.seeding import numpy_stream
 from fbl_flower.training.central import warm_start_model
 from fbl_flower.training.evaluation import Evaluation, evaluate
@@ -49,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
         config = parse_config(context.run_config)
         preflight(config)
         torch.set_num_threads(config.num_threads)
-        run, start = RunDirectory.reopen(config) if config.resume else (RunDirectory.create(config), None)
+        run, start, claim = open_run(config)
     except FBLError as error:
         log(WARNING, "The run cannot start. %s", error)
         raise
@@ -63,6 +67,8 @@ def main(grid: Grid, context: Context) -> None:
         log(WARNING, "The run failed: %s", reason)
         log(WARNING, "Run directory: %s", run.path)
         raise
+    finally:
+        claim.release()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,7 @@ class _Round:
 
     replies: dict[int, Reply]
     failures: dict[int, str]
+    traffic: Traffic
     seconds: float
 
 
@@ -89,21 +96,20 @@ class _Federation:
         started = time.perf_counter()
         if config.balancing.enabled and config.balancing.average_embeddings:
             log(WARNING, "balancing.average-embeddings: vectors that moved tell the server which classes a client fills")
-        roster = call_roll(self.grid, num_clients=config.num_clients, timeout=config.timeout)
+        roster = call_roll(self.grid, num_clients=config.num_clients, timeout=config.prepare.timeout)
         announce(roles_of(config, roster), balancing=config.balancing.enabled)
-        unprepared = dict.fromkeys(roster.absent, "no node hosts it")
-        for client, reason in unprepared.items():
-            log(WARNING, "Client %d takes no part: %s", client, reason)
-        unprepared |= self._prepare(roster)
+        self.attendance = Attendance(self.grid, self.run_dir, roster)
+        unprepared = self._prepare(roster)
         prepare_seconds = time.perf_counter() - started
         point = start or self._first_point()
         checkpoint_round = point.server_round
         for row in self.run_dir.read_rows("metrics.jsonl"):
             self.last_round |= dict.fromkeys(row.get("clients", ()), row["round"])
         for server_round in range(point.server_round + 1, config.num_server_rounds + 1):
-            self.roles = roles_of(config, roster)
+            self.attendance.renew(server_round, timeout=config.timeout)
+            self.roles = roles_of(config, self.attendance.roster)
             point = self._with_method_state(point)
-            result = self._train(roster, point, server_round, checkpoint_round)
+            result = self._train(point, server_round, checkpoint_round)
             point = self._aggregate(result, point, server_round)
             self._record(result, point)
             if server_round % config.checkpoint_every == 0 or server_round == config.num_server_rounds:
@@ -112,10 +118,9 @@ class _Federation:
         self._finish(point, unprepared, prepare_seconds, time.perf_counter() - started)
 
     def _prepare(self, roster: Roster) -> dict[int, str]:
-        """Ask every client to get its data ready; return the reasons of those that could not."""
-        if not self.config.balancing.enabled:
-            return {}
-        log(INFO, "Preparing %d clients: plan, and generate what is missing", len(roster.node_of))
+        """Ask every client to check its machine and get its data ready; return the reasons of those that could not."""
+        config = self.config
+        log(INFO, "Preparing %d clients: check, plan, and generate what is missing", len(roster.node_of))
         requests = {
             client: (node, Request(run=self.run_dir.identity, client=client, arrays={}).to_record())
             for client, node in roster.node_of.items()
@@ -124,14 +129,22 @@ class _Federation:
             self.grid,
             requests,
             PREPARE,
-            timeout=self.config.timeout,
+            timeout=config.prepare.timeout,
             progress=lambda done, total: log(INFO, "Prepared %d of %d clients", done, total),
         )
-        for client, reason in answers.failures.items():
+        failures = dict.fromkeys(roster.absent, "no node hosts it") | answers.failures
+        self.attendance.prepared(answers.contents, failures)
+        self.attendance.log_table()
+        for client, reason in sorted(failures.items()):
             log(WARNING, "Client %d is not prepared: %s", client, reason)
         if not answers.contents:
-            raise RunFailed("no client could be prepared: " + _reasons(answers.failures))
-        return answers.failures
+            raise RunFailed("no client could be prepared: " + _reasons(failures))
+        if len(answers.contents) < (wanted := math.ceil(round(config.prepare.quorum * config.num_clients, 9))):
+            raise RunFailed(
+                f"{len(answers.contents)} of {config.num_clients} clients are prepared; prepare.quorum = {config.prepare.quorum:g} asks for "
+                f"{wanted}: {_reasons(failures)}"
+            )
+        return failures
 
     def _first_point(self) -> Checkpoint:
         """Make the initial model, and record how good it is as round 0."""
@@ -145,7 +158,7 @@ class _Federation:
         if config.balancing.enabled and config.balancing.average_embeddings:
             embeddings = np.zeros((info.num_classes, model.width), dtype=np.float32)
         point = Checkpoint(server_round=0, arrays=to_arrays(model.state_dict()), embeddings=embeddings)
-        self._record(_Round(replies={}, failures={}, seconds=0.0), point)
+        self._record(_Round(replies={}, failures={}, traffic=Traffic(sent={}, received={}, elapsed={}), seconds=0.0), point)
         self.run_dir.write_checkpoint(point)
         return point
 
@@ -157,9 +170,9 @@ class _Federation:
         methods = {role.method for role in self.roles.values()}
         return replace(point, method_state=with_first_state(point.method_state, methods, parameters))
 
-    def _train(self, roster: Roster, point: Checkpoint, server_round: int, checkpoint_round: int) -> _Round:
+    def _train(self, point: Checkpoint, server_round: int, checkpoint_round: int) -> _Round:
         started = time.perf_counter()
-        chosen = choose_clients(self.config, sorted(roster.node_of), server_round)
+        chosen, node_of = choose_clients(self.config, self.attendance.present(), server_round), self.attendance.roster.node_of
         requests: dict[int, tuple[int, RecordDict]] = {}
         packed, packed_extras = array_record(point.arrays), packed_state(point.method_state)
         for client in chosen:
@@ -173,13 +186,19 @@ class _Federation:
                 embeddings=point.embeddings,
             )
             extra = packed_extras.get(self.roles[client].method)
-            requests[client] = (roster.node_of[client], request.to_record(packed, extra))
+            requests[client] = (node_of[client], request.to_record(packed, extra))
         answers = ask(self.grid, requests, TRAIN, timeout=self.config.timeout)
-        failures = dict(answers.failures)
+        failures = self.attendance.away() | answers.failures
+        traffic = Traffic(
+            sent={client: payload_bytes(requests[client][1]) for client in answers.elapsed},
+            received={client: payload_bytes(content) for client, content in answers.contents.items()},
+            elapsed=answers.elapsed,
+        )
         replies: dict[int, Reply] = {}
         for client, content in answers.contents.items():
             reply = Reply.from_record(content)
             vectors = {} if reply.embeddings is None else {"P": reply.embeddings}
+            reply = replace(reply, arrays=restore(reply.arrays, point.arrays, precision=self.config.transport.precision))
             update = update_of(reply, self.roles[client])
             sent = (reply.arrays, vectors, update.extra)
             if not (all(map(all_finite, sent)) and math.isfinite(reply.loss)):
@@ -196,8 +215,10 @@ class _Federation:
             log(WARNING, "Round %d: client %d is left out: %s", server_round, client, reason)
         if not replies:
             raise RunFailed(f"round {server_round}: no client succeeded: " + _reasons(failures))
+        self.attendance.prepared(replies, {})
         self.last_round |= dict.fromkeys(replies, server_round)
-        return _Round(replies=replies, failures=dict(sorted(failures.items())), seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return _Round(replies=replies, failures=dict(sorted(failures.items())), traffic=traffic, seconds=seconds)
 
     def _aggregate(self, result: _Round, point: Checkpoint, server_round: int) -> Checkpoint:
         """FedAvg: the mean of the clients' models, weighted by number of images. Clients without images weigh nothing."""
@@ -236,16 +257,22 @@ class _Federation:
                 "num_real": sum(r.num_real for r in replies),
                 "clients": list(result.replies),
                 "left_out": {str(client): reason for client, reason in result.failures.items()},
+                "bytes_to_clients": sum(result.traffic.sent.values()),
+                "bytes_from_clients": sum(result.traffic.received.values()),
             }
             line += f", training loss {row['train_loss']:.3f}, {len(replies)} clients, {result.seconds:.1f} s"
         self.run_dir.append("metrics.jsonl", row)
+        computing = {client: reply.seconds for client, reply in result.replies.items()}
         self.run_dir.append(
             "timings.jsonl",
             {
                 "round": point.server_round,
                 "clients_seconds": result.seconds,
                 "evaluate_seconds": time.perf_counter() - started,
-                "client_seconds": {str(client): reply.seconds for client, reply in result.replies.items()},
+                "client_seconds": computing,
+                "waiting_seconds": result.traffic.waiting(computing),
+                "bytes_to_client": result.traffic.sent,
+                "bytes_from_client": result.traffic.received,
             },
         )
         log(INFO, "%s", line)

@@ -30,19 +30,21 @@ class NodeDescription:
     Attributes:
         partition_id, num_partitions: The node's place among the nodes.
         code: Fingerprint of the code that the node runs (`code_fingerprint`).
+        name: What the node calls itself (`name` of its node config).
         capability, method: As the node states them in its node config; empty where it does not.
     """
 
     partition_id: int
     num_partitions: int
     code: str
+    name: str = ""
     capability: str = ""
     method: str = ""
 
     def to_record(self) -> RecordDict:
         fields: dict[str, int | str] = {
             "partition-id": self.partition_id, "num-partitions": self.num_partitions, "code": self.code,
-            "capability": self.capability, "method": self.method,
+            "name": self.name, "capability": self.capability, "method": self.method,
         }  # fmt: skip
         return RecordDict({"node": ConfigRecord(dict(fields))})
 
@@ -53,8 +55,9 @@ class NodeDescription:
             partition_id=int(str(node["partition-id"])),
             num_partitions=int(str(node["num-partitions"])),
             code=str(node["code"]),
-            capability=str(node["capability"]),
-            method=str(node["method"]),
+            name=str(node.get("name", "")),
+            capability=str(node.get("capability", "")),
+            method=str(node.get("method", "")),
         )
 
 
@@ -117,7 +120,7 @@ class Reply:
     """A client's answer to a round.
 
     Attributes:
-        arrays: The client's model.
+        arrays: The client's model, or its difference to what was received (`federation.transport`).
         num_examples: Size of the set that it trained on; with `aggregation.weight-by = "real"` that of its real images.
         num_real: Its real images.
         loss: Mean training loss; 0 for a client without images.

@@ -160,5 +160,6 @@ def _digest(key: bytes, shape: tuple[int, int, int], pixels: bytes) -> bytes:
 
 def _unusable(folder: Path, error: OSError) -> GeneratorError:
     return GeneratorError(
-        f"image cache: {folder} cannot be used ({error}); free space, mend its permissions, or choose another folder (state-dir)"
+        f"image cache: {folder} cannot be used ({error}); free space, mend its permissions, or choose another folder (state-dir)",
+        public=f"its image cache cannot be used: {error.strerror or type(error).__name__}",
     )

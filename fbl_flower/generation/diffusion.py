@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ from fbl_flower.generation.protocol import check_request
 from fbl_flower.generation.quantization import dequantize_, load_quantized
 from fbl_flower.generation.recipe import GeneratorInfo, check_files, read_info
 
+_LOADING = threading.Lock()  # accelerate patches nn.Module while a network is laid out: one at a time
 # second order and multistep: four to eight evaluations of the network suffice (Lu et al., arXiv 2211.01095)
 _SCHEDULER: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
 
 
 class DiffusionGenerator:
     """Made by `DiffusionGenerator.load`.
+
+    The network itself is loaded when the first image is made: who finds all images on disk, as a client of a deployment does in a
+    new process for every round, only needs the fingerprint, and diffusers alone takes seconds to import.
 
     The network always runs on whole batches, because the shape of a batch changes the rounding of its images: a short
     last batch is filled up, and what was filled in is thrown away.
@@ -39,7 +44,7 @@ class DiffusionGenerator:
 
     def __init__(
         self,
-        network: nn.Module,
+        load_network: Callable[[], nn.Module],
         info: GeneratorInfo,
         *,
         steps: int,
@@ -50,7 +55,8 @@ class DiffusionGenerator:
     ) -> None:
         self.info = info
         self.batch_size = batch_size
-        self._network = network
+        self._load_network = load_network
+        self._loaded: nn.Module | None = None
         self._steps = steps
         self._guidance = guidance
         self._device = torch.device(device)
@@ -86,7 +92,7 @@ class DiffusionGenerator:
             device: Where the network runs.
 
         Raises:
-            GeneratorError: A file is missing, damaged or foreign.
+            GeneratorError: A file is missing, damaged or foreign. (Whole files of a network that does not fit them: with the first image.)
         """
         if steps < 1 or guidance < 1 or batch_size < 1:
             raise GeneratorError(
@@ -98,11 +104,17 @@ class DiffusionGenerator:
         if problems := check_files(folder, info):
             raise GeneratorError("; ".join(problems))
         config = read_network_config(folder)
-        network = load_quantized(lambda: build_network(config), folder, device=device)
         return cls(
-            dequantize_(network), info,
+            lambda: dequantize_(load_quantized(lambda: build_network(config), folder, device=device)), info,
             steps=steps, guidance=guidance, batch_size=batch_size, memory_limit=memory_limit, device=device,
         )  # fmt: skip
+
+    @property
+    def _network(self) -> nn.Module:
+        with _LOADING:
+            if self._loaded is None:
+                self._loaded = self._load_network()
+            return self._loaded
 
     def _bytes_per_image(self) -> int:
         patch = patch_of(self.info.image_size)

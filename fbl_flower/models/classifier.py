@@ -8,7 +8,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import resnet18
 
 from fbl_flower.config import ModelConfig
 from fbl_flower.seeding import derive
@@ -63,6 +62,8 @@ def _build(config: ModelConfig, channels: int, num_classes: int) -> Classifier:
 
 
 def _resnet18(config: ModelConfig, channels: int) -> nn.Module:
+    from torchvision.models import resnet18  # seconds, in every process of a client, also of those that make no network
+
     norm = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, 32)
     net = resnet18(norm_layer=norm)
     if config.stem == "32x32":

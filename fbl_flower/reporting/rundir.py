@@ -3,7 +3,8 @@
 config.toml          every setting of the run, as run-config keys
 versions.json        Python and packages
 metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count
-timings.jsonl        one line a round, clock times
+timings.jsonl        one line a round, clock times, and each client's share of the traffic
+nodes.json           the nodes, their clients, which of these are prepared or why not, who left and came back
 summary.json         status, final accuracy, what went wrong
 checkpoint.safetensors   the last checkpoint: model, round, and what the server keeps for SCAFFOLD and FedGen
 model.safetensors    the final model
@@ -33,7 +34,9 @@ from fbl_flower.params import Arrays
 
 _PACKAGES = ("fbl-flower", "flwr", "torch", "torchvision", "diffusers", "optimum-quanto", "numpy")
 # What may change when a run is resumed: it does not touch what a round computes.
-_FREE = {"resume", "num-server-rounds", "output-dir", "checkpoint-every", "timeout", "pictures"}
+_FREE = {
+    "resume", "num-server-rounds", "output-dir", "checkpoint-every", "timeout", "pictures", "prepare.timeout", "prepare.quorum",
+}  # fmt: skip
 _EMBEDDINGS = "alignment-embeddings"  # name of the averaged vectors beside the model's own names
 _METHOD = "method-state/"  # before a method's name, "/", and the name of an array that the server keeps for it
 
@@ -102,7 +105,7 @@ class RunDirectory:
 
         run = cls(Path(config.resume).expanduser().resolve())
         try:
-            before = flat_table(tomllib.loads((run.path / "config.toml").read_text()))
+            before = run.read_settings()
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise StateError(f"resume: {run.path} is not the directory of a run ({error})") from error
         now = flatten(config)
@@ -117,6 +120,12 @@ class RunDirectory:
         for name in ("metrics.jsonl", "timings.jsonl"):
             run._cut(name, checkpoint.server_round)
         return run, checkpoint
+
+    def read_settings(self) -> dict[str, Any]:
+        """Return the settings with which the run was started."""
+        import tomllib
+
+        return flat_table(tomllib.loads((self.path / "config.toml").read_text()))
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one line of JSON to a file."""

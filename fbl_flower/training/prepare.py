@@ -62,6 +62,7 @@ def prepare_client(
     own_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     capability: str = "",
+    check: Callable[[DataParts, Examples], None] | None = None,
 ) -> ClientData:
     """Load a client's images, plan its balanced set, and generate what is missing and not yet on its disk.
 
@@ -72,10 +73,13 @@ def prepare_client(
         own_folder: The client's own images, in place of a share of the private part.
         progress: Called with (images generated, images to generate).
         capability: full, rich or none; empty: as the run's seed draws it.
+        check: Called with the data set and the client's images before anything is generated; may refuse by an error.
     """
     parts = _parts(config, own_folder)
     capability = capability or drawn_roles(config)[client].capability
     real = parts.private if own_folder else client_examples(config, parts, client)
+    if check is not None:
+        check(parts, real)
     plan = client_plan(config, real, parts.info.num_classes, client, capability=capability)
     synthetic, unfilled = real.take(torch.zeros(0, dtype=torch.int64)), 0.0
     if plan is not None and plan.fill.sum() > 0:

@@ -1,0 +1,191 @@
+"""Who is connected, round by round: nodes that leave, come back under another id, or come late; and the table of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from logging import INFO, WARNING
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from fbl_flower.errors import RunFailed
+from fbl_flower.federation.exchange import AWAY
+from fbl_flower.federation.roster import Member, Roster
+from fbl_flower.federation.wire import DESCRIBE, NodeDescription, code_fingerprint
+from fbl_flower.reporting.rundir import RunDirectory
+from fbl_flower.training.roles import stated_problems
+
+_PATIENCE = 30.0  # seconds that a round's start waits for a new node to say who it is; after that it may say so during a round
+_PAUSE = 0.5
+NOT_ASKED = "not asked yet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeRow:
+    """One node in the table: nothing in it comes from a client's data.
+
+    Attributes:
+        name, capability: As the node gave them; "not stated" where its node config has no capability.
+        partition: Its place among the nodes.
+        clients: Those that it hosts.
+        connected: Whether it was at the last look.
+        not_prepared: Why not, by client; empty when all its clients are prepared.
+    """
+
+    name: str
+    partition: int
+    clients: list[int]
+    capability: str
+    connected: bool
+    not_prepared: dict[str, str]
+
+
+class Attendance:
+    """Keeps the roster up to date and writes nodes.json into the run directory.
+
+    Args:
+        grid: Flower's way to the nodes.
+        run: Where the table goes.
+        roster: Of the start.
+    """
+
+    def __init__(self, grid: Grid, run: RunDirectory, roster: Roster) -> None:
+        self._grid, self._run, self.roster = grid, run, roster
+        self._connected = {member.node for member in roster.members.values()}
+        self._known = set(self._connected)  # nodes that said who they are, or are about to
+        self._waited_for = set(self._connected)
+        self._asked: dict[str, int] = {}  # messages that ask it, and to which node
+        self._unprepared = dict.fromkeys(range(roster.num_clients), NOT_ASKED)
+        self._events: list[dict[str, Any]] = []
+
+    def present(self) -> list[int]:
+        """Return the clients whose nodes are connected."""
+        return [client for client, node in self.roster.node_of.items() if node in self._connected]
+
+    def away(self) -> dict[int, str]:
+        """Return the clients whose nodes were there and are not connected now, with that as the reason."""
+        return {client: AWAY for client, node in self.roster.node_of.items() if node not in self._connected}
+
+    def prepared(self, clients: Iterable[int], failures: Mapping[int, str]) -> None:
+        """Note which clients are prepared and why others are not, write the table, and log it if it is the first."""
+        before = dict(self._unprepared)
+        for client in clients:
+            self._unprepared.pop(client, None)
+        self._unprepared |= {client: reason for client, reason in failures.items() if client in self._unprepared}
+        if self._unprepared != before:
+            self._write()
+
+    def log_table(self) -> None:
+        """Log one line for each node."""
+        rows = self.rows()
+        width = max(len(row.name) for row in rows)
+        log(INFO, "%s  %-10s  %-13s  %s", "node".ljust(width), "capability", "connection", "clients")
+        for row in rows:
+            reasons = "; ".join(f"client {client} is not prepared: {reason}" for client, reason in row.not_prepared.items())
+            clients = ",".join(map(str, row.clients)) or "none"
+            state = "connected" if row.connected else "not connected"
+            log(
+                INFO,
+                "%s  %-10s  %-13s  %s",
+                row.name.ljust(width),
+                row.capability,
+                state,
+                f"{clients}: {reasons or 'prepared'}",
+            )
+
+    def rows(self) -> list[NodeRow]:
+        """Return the table, by partition."""
+        return [self._row(place) for place in range(self.roster.num_partitions)]
+
+    def renew(self, server_round: int, *, timeout: float) -> None:
+        """Look who is connected, take in new nodes, and wait up to `timeout` seconds as long as no client is there.
+
+        Costs one call where nothing has changed.
+
+        Raises:
+            RunFailed: No client's node is connected.
+        """
+        deadline = time.monotonic() + timeout
+        self._look(server_round, patience=min(_PATIENCE, timeout))
+        while not self.present():
+            if time.monotonic() >= deadline:
+                raise RunFailed(f"round {server_round}: no node that hosts a client is connected, after {timeout:g} s")
+            time.sleep(_PAUSE)
+            self._look(server_round, patience=min(_PATIENCE, timeout))
+
+    def _look(self, server_round: int, *, patience: float) -> None:
+        nodes, before, known = set(self._grid.get_node_ids()), set(self._connected), set(self._known)
+        self._connected = nodes
+        if self._asked or nodes - self._known:
+            self._welcome(nodes - self._known, server_round, patience=patience)
+        for place, member in sorted(self.roster.members.items()):
+            if member.node in before - nodes:
+                self._event(server_round, place, "not connected")
+            elif member.node in nodes - before and member.node in known:
+                self._event(server_round, place, "connected again")
+        if nodes != before:
+            self._write()
+
+    def _welcome(self, newcomers: set[int], server_round: int, *, patience: float) -> None:
+        """Ask newcomers who they are; those who do not answer at once are heard in a later round."""
+        for node in sorted(newcomers):
+            message = Message(RecordDict(), dst_node_id=node, message_type=DESCRIBE)
+            for message_id in filter(None, self._grid.push_messages([message])):
+                self._asked[message_id] = node
+                self._known.add(node)
+        deadline = time.monotonic() + (patience if newcomers - self._waited_for else 0.0)
+        self._waited_for |= newcomers
+        while self._asked:
+            for reply in list(self._grid.pull_messages(list(self._asked))):
+                node = self._asked.pop(reply.metadata.reply_to_message_id)
+                if reply.has_error() or "node" not in reply.content:
+                    self._known.discard(node)  # to be asked again
+                else:
+                    self._admit(node, NodeDescription.from_record(reply.content), server_round)
+            if not self._asked or time.monotonic() >= deadline:
+                break
+            time.sleep(_PAUSE)
+
+    def _admit(self, node: int, description: NodeDescription, server_round: int) -> None:
+        place, roster = description.partition_id, self.roster
+        if description.code != code_fingerprint() or description.num_partitions != roster.num_partitions:
+            log(
+                WARNING,
+                "Round %d: node %s is refused: it runs other code than the server, or has another num-partitions than %d",
+                server_round, description.name, roster.num_partitions,
+            )  # fmt: skip
+            return
+        if not 0 <= place < roster.num_partitions:
+            log(WARNING, "Round %d: node %s is refused: its partition-id is %d", server_round, description.name, place)
+            return
+        if problems := stated_problems(description.capability, description.method):
+            log(WARNING, "Round %d: node %s is refused: %s", server_round, description.name, "; ".join(problems))
+            return
+        # A node that restarted without a key of its own has a new id, and its old one seems connected for up to a minute.
+        returned = place in roster.members
+        self.roster = replace(roster, members=roster.members | {place: Member(node=node, description=description)})
+        self._event(server_round, place, "came back under another id" if returned else "joined")
+
+    def _event(self, server_round: int, place: int, what: str) -> None:
+        row = self._row(place)
+        log(INFO, "Round %d: node %s (clients %s): %s", server_round, row.name, ",".join(map(str, row.clients)), what)
+        self._events.append({"round": server_round, "name": row.name, "event": what})
+        self._write()
+
+    def _row(self, place: int) -> NodeRow:
+        clients, member = self.roster.clients_of(place), self.roster.members.get(place)
+        return NodeRow(
+            name=member.description.name if member else f"node-{place}",
+            partition=place,
+            clients=clients,
+            capability=(member.description.capability if member else "") or "not stated",
+            connected=member is not None and member.node in self._connected,
+            not_prepared={str(client): self._unprepared[client] for client in clients if client in self._unprepared},
+        )
+
+    def _write(self) -> None:
+        self._run.write_json("nodes.json", {"nodes": [asdict(row) for row in self.rows()], "events": self._events})

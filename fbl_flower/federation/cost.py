@@ -1,0 +1,52 @@
+"""What a round costs each client: bytes that travel, seconds of computing and of waiting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flwr.app import RecordDict
+
+_NUMBER = 8  # bytes of a number in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What was sent to and received from each client in one round.
+
+    Attributes:
+        sent: Bytes of the request, by client; of everyone to whom it went out, also of those who failed.
+        received: Bytes of the answer, by client; an answer that is an error has none.
+        elapsed: Seconds from sending to the answer, or to the end of the wait.
+    """
+
+    sent: dict[int, int]
+    received: dict[int, int]
+    elapsed: dict[int, float]
+
+    def waiting(self, computing: dict[int, float]) -> dict[int, float]:
+        """Return the seconds in which a client that answered did not compute: on the way, in queues, starting processes."""
+        return {client: max(self.elapsed[client] - seconds, 0.0) for client, seconds in computing.items()}
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Count the bytes of a message's content: arrays as they travel, 8 for a number, text as UTF-8, and all names.
+
+    What Flower and gRPC add (addresses, hashes, frames; TLS) is not in it, so the number is the same on every engine and machine.
+    """
+    total = 0
+    for arrays in content.array_records.values():
+        total += sum(len(name.encode()) + len(array.data) for name, array in arrays.items())
+    for records in (content.metric_records, content.config_records):
+        for record in records.values():
+            total += sum(len(name.encode()) + _value_bytes(value) for name, value in record.items())
+    return total
+
+
+def _value_bytes(value: object) -> int:
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, list):
+        return sum(map(_value_bytes, value))
+    return _NUMBER

@@ -1,0 +1,38 @@
+"""What a node says of itself: its node config, read and checked."""
+
+from __future__ import annotations
+
+from flwr.app import Context
+
+from fbl_flower.errors import ConfigError
+from fbl_flower.federation.wire import NodeDescription, code_fingerprint
+
+_LONGEST_NAME = 64
+_KEEP_STATE_DAYS = 30.0
+
+
+def describe_node(context: Context) -> NodeDescription:
+    """Return which partition the node is, its name, what it states of its role, and which code it runs."""
+    node = context.node_config
+    partition_id = int(str(node.get("partition-id", 0)))
+    name = " ".join(str(node.get("name", "")).split())[:_LONGEST_NAME]
+    return NodeDescription(
+        partition_id=partition_id,
+        num_partitions=int(str(node.get("num-partitions", 1))),
+        code=code_fingerprint(),
+        name=name or f"node-{partition_id}",
+        capability=str(node.get("capability", "")),
+        method=str(node.get("method", "")),
+    )
+
+
+def keep_state_days(context: Context) -> float:
+    """Return after how many days the state of an untouched run is deleted (`keep-state-days` of the node config; 0: never).
+
+    Raises:
+        ConfigError: It is no number >= 0.
+    """
+    given = context.node_config.get("keep-state-days", _KEEP_STATE_DAYS)
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not given >= 0:
+        raise ConfigError([f"keep-state-days (node config): got {given!r}; allowed: number >= 0, and 0 keeps all"])
+    return float(given)

@@ -1,0 +1,106 @@
+"""Which run to go on with, and that no two servers work on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+from fbl_flower.config import RunConfig, flatten
+from fbl_flower.errors import StateError
+from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
+
+if sys.platform != "win32":
+    import fcntl
+
+AUTO = "auto"
+# Decide neither what a run computes nor how long it is.
+_BESIDE_THE_POINT = {
+    "resume", "output-dir", "checkpoint-every", "timeout", "pictures", "prepare.timeout", "prepare.quorum",
+}  # fmt: skip
+_PATIENCE = 60.0  # seconds that the server process of a killed SuperLink may take to end
+
+
+class Claim:
+    """Keeps other servers from a run directory, until `release` or the end of this process, however it ends.
+
+    Args:
+        folder: The run directory.
+        patience: Seconds to wait for another process that has it.
+
+    Raises:
+        StateError: It still has it then.
+    """
+
+    def __init__(self, folder: Path, *, patience: float = _PATIENCE) -> None:
+        self._handle: int | None = None
+        if sys.platform == "win32":
+            return
+        handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    os.close(handle)
+                    raise StateError(
+                        f"resume: another process works on {folder}; wait for its end or stop it, or start a run of its own (resume empty)"
+                    ) from error
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        self._handle = handle
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def open_run(config: RunConfig, *, patience: float = _PATIENCE) -> tuple[RunDirectory, Checkpoint | None, Claim]:
+    """Make a run directory, or open the one that `resume` asks for together with its checkpoint.
+
+    Args:
+        config: Its `resume` is empty, a run directory, or "auto".
+        patience: Seconds to wait for a server that is about to end.
+
+    Raises:
+        ConfigError, StateError: As `RunDirectory` and `Claim`.
+    """
+    found = _newest_unfinished(config) if config.resume == AUTO else None
+    if found is not None:
+        config = replace(config, resume=str(found))
+    if config.resume in ("", AUTO):
+        run = RunDirectory.create(config)
+        return run, None, Claim(run.path)
+    folder = Path(config.resume).expanduser()
+    if not folder.is_dir():
+        raise StateError(f"resume: {folder} is not the directory of a run (no such folder)")
+    claim = Claim(folder, patience=patience)
+    try:
+        return *RunDirectory.reopen(config), claim
+    except BaseException:
+        claim.release()
+        raise
+
+
+def _newest_unfinished(config: RunConfig) -> Path | None:
+    """Return the newest run below `output-dir` that has a checkpoint, these settings, and no final result."""
+    wanted = {key: value for key, value in flatten(config).items() if key not in _BESIDE_THE_POINT}
+    folders = Path(config.output_dir).expanduser().resolve().glob("*/checkpoint.safetensors")
+    for folder in sorted((path.parent for path in folders), reverse=True):  # names begin with the time of the start
+        try:
+            settings = RunDirectory(folder).read_settings()
+            summary = folder / "summary.json"
+            completed = summary.exists() and json.loads(summary.read_text())["status"] == "completed"
+        except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, KeyError):
+            continue  # no run of ours
+        if not completed and {key: value for key, value in settings.items() if key not in _BESIDE_THE_POINT} == wanted:
+            return folder
+    return None

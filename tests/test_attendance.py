@@ -1,0 +1,160 @@
+"""Nodes that come late, leave and return, and the table of them; each federation in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from helpers import quick
+
+from fbl_flower.errors import DataError, RunFailed
+from fbl_flower.federation import client, server
+from fbl_flower.federation.local import LocalGrid, run_local
+from fbl_flower.federation.wire import NodeDescription
+
+
+class Shifting(LocalGrid):
+    """Nodes 1 to 4, of which `there(rounds done)` are connected; messages to others are answered as Flower does."""
+
+    run_dirs: Path
+    there: Callable[[int], set[int]]
+
+    def get_node_ids(self) -> Iterable[int]:
+        rounds = sum(len(file.read_text().splitlines()) - 1 for file in self.run_dirs.glob("*/metrics.jsonl"))
+        return sorted(self.there(rounds))
+
+
+def federate(
+    tmp_path: Path, there: Callable[[int], set[int]], node_config: dict[int, dict[str, Any]] | None = None, **settings: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run with nodes that come and go; return the rows of the rounds, and nodes.json."""
+    client._client_data.cache_clear()
+    config = quick(tmp_path, fraction_train=1.0, num_server_rounds=4, **settings)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    with Shifting(client.app, num_nodes=4, run_config=config) as grid:
+        grid.run_dirs, grid.there = tmp_path / "runs", there
+        for node, extra in (node_config or {}).items():
+            grid._contexts[node].node_config.update(extra)
+        server.app(grid, context)
+    run_dir = Path(str(context.state.config_records["run"]["directory"]))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return rows[1:], json.loads((run_dir / "nodes.json").read_text())
+
+
+def test_the_table_names_nodes_and_why_a_client_is_not_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_client = client.prepare_client
+
+    def broken(config: Any, number: int, **kwargs: Any) -> Any:
+        if number == 2:
+            raise DataError("no image of class 7")
+        return prepare_client(config, number, **kwargs)
+
+    monkeypatch.setattr(client, "prepare_client", broken)
+    names = {1: {"name": "kitchen", "capability": "rich"}, 2: {"name": "  two\nlines "}}
+    rows, table = federate(tmp_path, lambda _: {1, 2, 3, 4}, names)
+    assert [(row["name"], row["clients"], row["capability"], row["connected"]) for row in table["nodes"]] == [
+        ("kitchen", [0], "rich", True), ("two lines", [1], "not stated", True), ("node-2", [2], "not stated", True),
+        ("node-3", [3], "not stated", True),
+    ]  # fmt: skip
+    assert [list(row["not_prepared"]) for row in table["nodes"]] == [[], [], ["2"], []]
+    reason = table["nodes"][2]["not_prepared"]["2"]
+    assert reason.startswith("its data cannot be used; the client's ") and "class 7" not in json.dumps(table)
+    assert all(row["left_out"] == {"2": reason} for row in rows)
+
+
+def test_a_capability_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="capability .node config.: got 'strong'; allowed: full . rich . none"):
+        federate(tmp_path, lambda _: {1}, {1: {"capability": "strong"}})
+
+
+def test_a_node_that_was_absent_takes_part_from_the_next_round(tmp_path: Path) -> None:
+    """Node 4 comes while round 2 trains: it is in rounds 3 and 4, prepared at first contact."""
+    rows, table = federate(tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 2 else set()), prepare__timeout=1.0)
+    assert [row["clients"] for row in rows] == [[0, 1, 2], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert [row["left_out"] for row in rows] == [{}] * 4
+    assert table["events"] == [{"round": 3, "name": "node-3", "event": "joined"}]
+    assert all(row["connected"] and not row["not_prepared"] for row in table["nodes"])
+
+
+def test_a_node_that_leaves_is_named_and_its_clients_return_with_it(tmp_path: Path) -> None:
+    rows, table = federate(tmp_path, lambda done: {1, 2, 3, 4} - ({2} if done in (1, 2) else set()))
+    assert [row["clients"] for row in rows] == [[0, 1, 2, 3], [0, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
+    assert [row["left_out"] for row in rows] == [{}, {"1": "its node is not connected"}, {"1": "its node is not connected"}, {}]
+    assert [(event["round"], event["event"]) for event in table["events"]] == [(2, "not connected"), (4, "connected again")]
+
+
+def test_a_node_with_a_new_id_takes_its_old_place(tmp_path: Path) -> None:
+    """Node 4 says that it is partition 1, which node 2 was; from round 3 on its answers count, and nobody trains twice."""
+    asked: list[tuple[int, int]] = []
+
+    def there(done: int) -> set[int]:
+        return {1, 2, 3} | ({4} if done >= 2 else set())
+
+    class Noting(Shifting):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            messages = list(messages)
+            for message in messages:
+                if message.metadata.message_type == "train":
+                    number = message.content.config_records["request"]
+                    asked.append((int(str(number["server-round"])), message.metadata.dst_node_id))
+            return super().push_messages(messages)
+
+    config = quick(tmp_path, fraction_train=1.0, num_server_rounds=3, num_clients=3)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    with Noting(client.app, num_nodes=4, run_config=config) as grid:
+        grid.run_dirs, grid.there = tmp_path / "runs", there
+        for node, place in {1: 0, 2: 1, 3: 2, 4: 1}.items():
+            grid._contexts[node].node_config.update({"partition-id": place, "num-partitions": 3})
+        server.app(grid, context)
+    assert asked == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (3, 1), (3, 4), (3, 3)]
+
+
+def test_a_newcomer_with_other_code_is_refused_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def describe(context: Context) -> NodeDescription:
+        place = int(str(context.node_config["partition-id"]))
+        own = server.call_roll.__globals__["code_fingerprint"]()
+        return NodeDescription(partition_id=place, num_partitions=4, code="other" if place == 3 else own, name=f"n{place}")
+
+    monkeypatch.setattr(client, "describe_node", describe)
+    rows, table = federate(tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 1 else set()), prepare__timeout=1.0)
+    assert [row["clients"] for row in rows] == [[0, 1, 2]] * 4
+    assert table["nodes"][3]["not_prepared"] == {"3": "no node hosts it"}
+
+
+def test_a_round_waits_for_somebody_and_fails_when_nobody_comes(tmp_path: Path) -> None:
+    looks = 0
+
+    def there(done: int) -> set[int]:
+        nonlocal looks
+        looks += done == 2
+        return {1, 2, 3, 4} if done != 2 or looks > 2 else set()
+
+    rows, _ = federate(tmp_path / "back", there)
+    assert [row["clients"] for row in rows] == [[0, 1, 2, 3]] * 4
+    with pytest.raises(RunFailed, match="round 3: no node that hosts a client is connected, after 1 s"):
+        federate(tmp_path / "gone", lambda done: {1, 2, 3, 4} if done < 2 else set(), timeout=1.0)
+
+
+def test_the_quorum_is_of_all_clients(tmp_path: Path) -> None:
+    """Three of four are prepared: 0.75 is enough, 0.76 is not."""
+    rows, _ = federate(tmp_path / "enough", lambda _: {1, 2, 3}, prepare__quorum=0.75, prepare__timeout=1.0)
+    assert len(rows) == 4
+    with pytest.raises(
+        RunFailed, match=r"3 of 4 clients are prepared; prepare.quorum = 0.76 asks for 4: client 3: no node hosts it"
+    ):
+        federate(tmp_path / "few", lambda _: {1, 2, 3}, prepare__quorum=0.76, prepare__timeout=1.0)
+
+
+def test_plain_fedavg_is_checked_before_it_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client._client_data.cache_clear()
+
+    def unreadable(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(client, "prepare_client", unreadable)
+    with pytest.raises(RunFailed, match="no client could be prepared: client 0: its disk: Permission denied"):
+        run_local(quick(tmp_path, balancing__enabled=False))

@@ -1,0 +1,182 @@
+"""Real failures in a federation of real processes: TLS, node authentication, one SuperLink and three SuperNodes.
+
+Each test puts several events into one federation, because starting one takes longer than most of them. They wait for what they are
+about and not for clocks, so a busy machine makes them slow and not wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deployment import Deployment, Watch, cuttable_network, wait_for
+from helpers import quick, write_folder
+from test_generation_support import TINY
+
+from fbl_flower.config import parse_config
+from fbl_flower.data.datasets import load_parts
+from fbl_flower.generation.training import train_generator
+
+pytestmark = pytest.mark.real_process
+
+LONG = 300.0  # seconds; patience of a busy machine
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    with Deployment(tmp_path / "deployment", dict(os.environ)) as made:
+        yield made
+
+
+def settings_of(tmp_path: Path, **overrides: Any) -> dict[str, Any]:
+    common = {"num_clients": 3, "fraction_train": 1.0, "checkpoint_every": 1, "timeout": 60.0, "prepare__timeout": 120.0}
+    return quick(tmp_path, **(common | overrides))
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return number and time of every whole file: a file that is written again has others."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+
+def alignment_rounds(state_dir: Path) -> list[int]:
+    (file,) = state_dir.glob("clients/*/*/alignment.jsonl")
+    return [json.loads(line)["round"] for line in file.read_text().splitlines()]
+
+
+def test_clients_that_are_killed_or_slow_are_left_out_and_come_back(tmp_path: Path, deployment: Deployment) -> None:
+    """Node 2 is killed while it generates, node 1 while it trains; then node 0 stands still for longer than a round may take."""
+    for node in range(3):
+        deployment.start_node(node)
+    settings = settings_of(
+        tmp_path, num_server_rounds=8, generator__name="diffusion", generator__steps=50, generator__batch_size=8
+    )
+    watch, caches = Watch(tmp_path / "runs", deployment.log), [deployment.state_dir(node) / "cache" for node in range(3)]
+    run_id = deployment.submit(settings)
+
+    wait_for(lambda: len(files_of(caches[2])) >= 8, LONG, "node 2 to generate", deployment.log)
+    assert deployment.processes("node-2", "flwr-clientapp")
+    deployment.send(signal.SIGKILL, "node-2")
+    before_kill = files_of(caches[2])
+    assert not list(deployment.state_dir(2).glob("prepared/*")), "node 2 was killed too late"
+
+    watch.wait_for_row(lambda row: 1 in row["clients"], LONG, "node 1 in a round")
+    wait_for(lambda: deployment.processes("node-1", "flwr-clientapp"), LONG, "node 1 to train", deployment.log)
+    assert deployment.send(signal.SIGKILL, "node-1")
+    complete, rounds_before = files_of(caches[1]), alignment_rounds(deployment.state_dir(1))
+    lost = watch.wait_for_row(lambda row: "1" in row["left_out"], LONG, "node 1 to be left out")["round"]
+    back = watch.wait_for_row(lambda row: row["round"] > lost and 1 in row["clients"], LONG, "node 1 to return")["round"]
+
+    wait_for(lambda: deployment.processes("node-0", "flwr-clientapp"), LONG, "node 0 to train", deployment.log)
+    assert deployment.send(signal.SIGSTOP, "node-0")
+    slow = watch.wait_for_row(lambda row: row["round"] > back and "0" in row["left_out"], LONG, "node 0 to be left out")
+    deployment.send(signal.SIGCONT, "node-0")
+    watch.wait_for_row(lambda row: row["round"] > slow["round"] and 0 in row["clients"], LONG, "node 0 to return")
+    summary = watch.wait_for_end(LONG)
+
+    assert summary["status"] == "completed" and summary["rounds"] == 8
+    assert summary["not_prepared"].keys() == {"2"}
+    assert {"1", "0"} <= {client for left_out in summary["left_out"].values() for client in left_out}
+    assert any(2 in row["clients"] for row in watch.rows() if row["round"])
+    after = files_of(caches[2])
+    assert before_kill.items() <= after.items() and len(after) > len(before_kill)  # made once, and the rest
+    assert files_of(caches[1]) == complete
+    assert alignment_rounds(deployment.state_dir(1))[: len(rounds_before)] == rounds_before != []
+    assert "starts afresh" not in deployment.flwr("log", run_id, "edge", "--show")
+    table = json.loads((watch.run_dir / "nodes.json").read_text())
+    assert [row["name"] for row in table["nodes"]] == ["site-0", "site-1", "site-2"]
+    assert all(row["not_prepared"] == {} for row in table["nodes"])
+    assert {("site-1", "not connected"), ("site-1", "connected again")} <= {(e["name"], e["event"]) for e in table["events"]}
+
+
+def mount_small_disk(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a small disk needs the right to mount: {done.stderr.strip()}")
+
+
+def test_bad_machines_are_named_and_a_killed_server_goes_on_by_the_same_command(tmp_path: Path, deployment: Deployment) -> None:
+    """Node 1's disk is full and node 2's generator broken, until both are mended; then the server dies, and node 2's data with it."""
+    small_disk = deployment.state_dir(1)
+    mount_small_disk(small_disk)
+    try:
+        own = {
+            "data.name": "folder", "data.path": str(write_folder(tmp_path / "server", {"ant": 30, "bee": 30, "cat": 30})),
+            "data.classes": "ant,bee,cat", "data.image-size": 8, "data.num-private": -1,
+            "generator.name": "diffusion", "generator.path": "~/generator", "resume": "auto",
+        }  # fmt: skip
+        settings = settings_of(tmp_path, num_server_rounds=5) | own
+        train_generator(load_parts(parse_config(settings).data), recipe=TINY, out=deployment.home("server") / "generator")
+        weights = []
+        for node in range(3):
+            photos = write_folder(tmp_path / f"photos-{node}", {"ant": 8, "cat": 4})
+            deployment.start_node(node, data_path=str(photos))
+            shutil.copytree(deployment.home("server") / "generator", deployment.home(f"node-{node}") / "generator")
+            weights.append(next((deployment.home(f"node-{node}") / "generator").glob("*.safetensors")))
+        whole = weights[2].read_bytes()
+        weights[2].write_bytes(whole[:-10])
+        watch = Watch(tmp_path / "runs", deployment.log)
+        deployment.submit(settings)
+
+        first = watch.wait_for_row(lambda row: True, LONG, "the first round")
+        assert first["clients"] == [0] and first["left_out"].keys() == {"1", "2"}
+        assert "its disk has too little space: 0.0 MiB needed for 12 images, 0.0 MiB free" in first["left_out"]["1"]
+        assert "its generator cannot be used" in first["left_out"]["2"]
+        table = json.loads((watch.run_dir / "nodes.json").read_text())
+        assert [list(row["not_prepared"]) for row in table["nodes"]] == [[], ["1"], ["2"]]
+
+        subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+        weights[2].write_bytes(whole)
+        watch.wait_for_row(lambda row: row["clients"] == [0, 1, 2], LONG, "all three in a round")
+        deployment.kill("server")
+        before = watch.rows()
+        assert watch.summary() is None
+        (tmp_path / "photos-2").rename(tmp_path / "vanished")
+        deployment.start_superlink()
+        deployment.submit(settings)
+        summary = watch.wait_for_end(LONG)
+
+        rows = watch.rows()
+        assert summary["status"] == "completed" and [row["round"] for row in rows] == list(range(6))
+        assert rows[: len(before) - 1] == before[:-1]  # the last may have come after the last checkpoint
+        assert rows[-1]["clients"] == [0, 1] and "its data cannot be used" in rows[-1]["left_out"]["2"]
+        assert summary["not_prepared"].keys() == {"2"}
+    finally:
+        subprocess.run(["umount", "--lazy", small_disk], check=False, capture_output=True)
+
+
+def test_a_network_that_is_cut_and_healed(tmp_path: Path) -> None:
+    """Node 2 is in a network namespace of its own. Its cable is cut until it is left out of a round, and plugged again."""
+    here, name = "10.213.77.1", f"fbl{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        try:
+            plug = stack.enter_context(cuttable_network(name, here=here, there="10.213.77.2"))
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"network namespaces need root and iproute2: {error}")
+        with Deployment(tmp_path / "deployment", dict(os.environ), addresses=[here]) as deployment:
+            for node in range(2):
+                deployment.start_node(node)
+            deployment.start_node(2, at=here, within=["ip", "netns", "exec", name])
+            watch = Watch(tmp_path / "runs", deployment.log)
+            deployment.submit(settings_of(tmp_path, num_server_rounds=6, balancing__enabled=False))
+            first = watch.wait_for_row(lambda row: 2 in row["clients"], LONG, "node 2 in a round")
+            plug(False)
+            cut = watch.wait_for_row(
+                lambda row: row["round"] > first["round"] and "2" in row["left_out"], LONG, "the cut to show"
+            )
+            plug(True)
+            watch.wait_for_row(lambda row: row["round"] > cut["round"] and 2 in row["clients"], LONG, "node 2 to return")
+            summary = watch.wait_for_end(LONG)
+            assert summary["status"] == "completed" and summary["rounds"] == 6
+            assert cut["left_out"]["2"] in ("no answer within 60 s", "its node is not connected")

@@ -1,0 +1,108 @@
+"""`resume = "auto"`: the same command goes on where a killed server stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import quick
+
+from fbl_flower.commands.overrides import chosen_config
+from fbl_flower.config import parse_config
+from fbl_flower.errors import ConfigError, StateError
+from fbl_flower.federation import client
+from fbl_flower.federation.local import run_local
+from fbl_flower.reporting.rundir import RunDirectory
+from fbl_flower.reporting.unfinished import Claim, open_run
+
+
+def killed_in_round(number: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until the server would write the line of a round, and end there without a word, as a kill does."""
+    client._client_data.cache_clear()
+    append, write_json = RunDirectory.append, RunDirectory.write_json
+
+    def dies(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
+        if row["round"] == number:
+            raise KeyboardInterrupt
+        append(self, name, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "append", dies)
+        patch.setattr(RunDirectory, "write_json", lambda s, n, v: None if n == "summary.json" else write_json(s, n, v))
+        with pytest.raises(KeyboardInterrupt):
+            run_local(settings)
+
+
+def test_the_same_command_goes_on_and_then_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = quick(tmp_path, num_server_rounds=6, checkpoint_every=2)
+    unbroken = run_local(settings)
+    settings |= {"resume": "auto"}
+    killed_in_round(4, settings, monkeypatch)
+    (killed,) = [path for path in (tmp_path / "runs").iterdir() if path != unbroken.run_dir]
+    assert not (killed / "summary.json").exists()
+    resumed = run_local(settings)
+    assert resumed.run_dir == killed
+    assert (killed / "metrics.jsonl").read_bytes() == (unbroken.run_dir / "metrics.jsonl").read_bytes()
+    assert json.loads((killed / "summary.json").read_text())["status"] == "completed"
+    fresh = run_local(settings)  # nothing is unfinished any more
+    assert fresh.run_dir not in (killed, unbroken.run_dir)
+
+
+def test_only_the_newest_unfinished_run_with_the_same_settings_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = quick(tmp_path, num_server_rounds=3, checkpoint_every=1)
+    found = []
+    for other in ({}, {}, {"seed": 1}, {"num-server-rounds": 4}):
+        killed_in_round(2, settings | other, monkeypatch)
+        (new,) = set((tmp_path / "runs").iterdir()) - set(found)
+        found.append(new)
+        new.rename(new.with_name(f"2026010{len(found)}-000000-abcdef"))
+        found[-1] = new.with_name(f"2026010{len(found)}-000000-abcdef")
+    (tmp_path / "runs" / "20270101-000000-abcdef").mkdir()
+    (tmp_path / "runs" / "20270101-000000-abcdef" / "checkpoint.safetensors").write_bytes(b"not a run")
+    run, start, claim = open_run(parse_config(settings | {"resume": "auto", "timeout": 60.0}))
+    assert run.path == found[1] and start is not None and start.server_round == 1
+    claim.release()
+    run, start, claim = open_run(parse_config(settings | {"resume": "auto", "train.batch-size": 7}))
+    assert run.path not in found and start is None
+    claim.release()
+
+
+def _hold(folder: Path, ready: Any, end: Any) -> None:
+    Claim(folder)
+    ready.set()
+    end.wait(30)
+
+
+def test_two_servers_do_not_work_on_one_run(tmp_path: Path) -> None:
+    done = run_local(quick(tmp_path, num_server_rounds=1))
+    settings = parse_config(quick(tmp_path, num_server_rounds=2, resume=str(done.run_dir)))
+    context = multiprocessing.get_context("spawn")
+    ready, end = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(done.run_dir, ready, end))
+    other.start()
+    try:
+        assert ready.wait(30)
+        before = (done.run_dir / "metrics.jsonl").read_bytes()
+        with pytest.raises(StateError, match=r"another process works on .*; wait for its end or stop it"):
+            open_run(settings, patience=0.3)
+        assert (done.run_dir / "metrics.jsonl").read_bytes() == before
+    finally:
+        end.set()
+        other.join(30)
+    open_run(settings, patience=0.3)[2].release()
+
+
+def test_a_refused_resume_lets_go_of_the_run(tmp_path: Path) -> None:
+    done = run_local(quick(tmp_path, num_server_rounds=1))
+    with pytest.raises(ConfigError, match="the run to resume has"):
+        open_run(parse_config(quick(tmp_path, seed=5, resume=str(done.run_dir))))
+    Claim(done.run_dir, patience=0.0).release()
+
+
+def test_the_command_line_takes_auto_for_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert chosen_config(["resume='auto'"])[0].resume == "auto"
+    assert chosen_config(["resume='other'"])[0].resume == str(tmp_path / "other")
