@@ -40,7 +40,7 @@ def configuration_table() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every setting, in the order of `fbl_flower/config.py`; this page is what `fbl-flower config` prints. They are",
+        "Every setting, in the order of `fbl_flower/config/`; this page is what `fbl-flower config` prints. They are",
         "given as in `flwr run . -c 'num-server-rounds=20 data.partition=\"iid\"'`: values are TOML, so text needs quotes.",
         "`fbl-flower run -c` takes the same, or TOML files.",
         "",

@@ -21,9 +21,8 @@ LEVELS: list[set[str]] = [
     {"models", "generation"},
     {"data"},
     {"device"},
-    {"config"},
-    {"method_options", "deployment_options", "roundstore"},
-    {"options", "params", "seeding", "errors"},
+    {"config", "roundstore"},
+    {"params", "seeding", "errors"},
 ]
 LEVEL_OF = {name: len(LEVELS) - i for i, level in enumerate(LEVELS) for name in level}
 

@@ -66,9 +66,13 @@ def test_the_table_names_nodes_and_why_a_client_is_not_prepared(tmp_path: Path, 
     assert all(row["left_out"] == {"2": reason} for row in rows)
 
 
-def test_a_capability_that_there_is_not_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match="capability .node config.: got 'strong'; allowed: full . rich . none"):
-        federate(tmp_path, lambda _: {1}, {1: {"capability": "strong"}})
+def test_a_node_that_comes_late_and_states_something_unknown_is_refused(tmp_path: Path) -> None:
+    """Those that are there from the start are refused by the roll call, with the whole run (test_mixed.py)."""
+    rows, table = federate(
+        tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 1 else set()), {4: {"capability": "strong"}}, prepare__timeout=1.0
+    )
+    assert [row["clients"] for row in rows] == [[0, 1, 2]] * 4
+    assert table["events"] == [] and not table["nodes"][3]["connected"]
 
 
 def test_a_node_that_was_absent_takes_part_from_the_next_round(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from fbl_flower.config import flatten, parse_config
 from fbl_flower.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-SETS = sorted(path for path in (ROOT / "experiments").iterdir() if path.is_dir() and path.name != "mnist5k")
+SETS = sorted(path for path in (ROOT / "experiments").iterdir() if path.is_dir() and not path.name.endswith("mnist5k"))
 
 
 def write(folder: Path, **texts: str) -> Path:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from fbl_flower.config import RunConfig, TrainConfig
+from fbl_flower.config.methods import METHODS, FedGenConfig
 from fbl_flower.data.examples import Examples
 from fbl_flower.errors import ConfigError
-from fbl_flower.method_options import METHODS, FedGenConfig
 from fbl_flower.methods.base import LocalMethod, Step
 from fbl_flower.methods.choice import local_method
 from fbl_flower.methods.feature_generator import (

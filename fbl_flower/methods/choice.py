@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from fbl_flower.config import RunConfig
+from fbl_flower.config.methods import METHODS
 from fbl_flower.errors import ConfigError
-from fbl_flower.method_options import METHODS
 from fbl_flower.methods.base import LocalMethod, State
 from fbl_flower.methods.fedavg import FEDAVG
 from fbl_flower.methods.fedgen import FedGen

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fbl_flower.method_options import FedGenConfig
+from fbl_flower.config.methods import FedGenConfig
 from fbl_flower.params import Arrays, to_arrays, to_state
 
 Head = tuple[np.ndarray, np.ndarray]  # weight [C, D] and bias [C]

@@ -6,8 +6,8 @@ import functools
 from dataclasses import dataclass
 
 from fbl_flower.config import RunConfig
+from fbl_flower.config.methods import CAPABILITIES, METHODS, method_shares
 from fbl_flower.errors import ConfigError
-from fbl_flower.method_options import CAPABILITIES, METHODS, method_shares
 from fbl_flower.seeding import numpy_stream
 
 

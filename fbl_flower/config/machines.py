@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fbl_flower.options import option
+from fbl_flower.config.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

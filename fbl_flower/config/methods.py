@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fbl_flower.options import option
+from fbl_flower.config.options import option
 
 METHODS = ("fedavg", "fedprox", "moon", "scaffold", "fedgen")
 CAPABILITIES = ("full", "rich", "none")

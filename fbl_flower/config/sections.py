@@ -1,0 +1,169 @@
+"""Settings of the data, the model, training, balancing, generators and aggregation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fbl_flower.config.options import option
+
+PACKAGED = ("mnist5k", "digits")  # data sets that come with a package
+OWN = ("folder", "parquet")  # the user's own images
+NAMED = ("cifar10", "cifar100", "tiny-imagenet", "eurosat", "fashion-mnist")
+DATA_NAMES = (*PACKAGED, *NAMED, *OWN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and who owns them."""
+
+    name: str = option("mnist5k", "data set", choices=DATA_NAMES)
+    path: str = option("", "file or folder of the data set; empty: as installed, or downloaded (see docs/data.md)")
+    classes: str = option("", "names between commas, in the order of the labels; for folder and parquet")
+    image_size: int = option(0, "height and width in pixels; 0: as the data set has it", low=0, high=1024)
+    channels: int = option(0, "1: grey, 3: colour; 0: as the data set has it, and 3 for folder", low=0, high=3)
+    num_test: int = option(-1, "test images, for the server; -1: the data set's own number", low=-1)
+    num_public: int = option(-1, "public images, owned by no client; -1: the data set's own number", low=-1)
+    num_validation: int = option(-1, "of the public images, those kept for tuning; -1: the data set's own number", low=-1)
+    num_private: int = option(-1, "images of all clients together; -1: the data set's own number, or all that are left", low=-1)
+    partition: str = option(
+        "dirichlet",
+        "what differs between clients: the mixture of classes, nothing, which classes they have, or their size",
+        choices=("dirichlet", "iid", "classes", "quantity"),
+    )
+    alpha: float = option(0.1, "concentration of the partitions dirichlet and quantity: smaller is more skewed", above=0.0)
+    classes_per_client: int = option(2, "classes of each client, in the partition classes", low=1)
+    noise: float = option(0.0, "standard deviation of Gaussian noise on private images, whose pixels are 0 .. 1", low=0.0)
+    wrong_labels: float = option(0.0, "share of private images that get the label of another class", low=0.0, high=1.0)
+    evaluate_on: str = option(
+        "test", "images that the accuracy is measured on; settings are tuned on validation", choices=("test", "validation")
+    )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names in `classes`, without the blanks around them; none where it is empty."""
+        return tuple(name.strip() for name in self.classes.split(",")) if self.classes.strip() else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The classifier: features F, then a linear head H."""
+
+    name: str = option("resnet18", "network; tiny is a small convolutional one for tests", choices=("resnet18", "tiny"))
+    stem: str = option("imagenet", "first layers of ResNet-18: 7x7/2 and max-pool, or 3x3/1", choices=("imagenet", "32x32"))
+    norm: str = option("group", "normalisation of ResNet-18", choices=("group", "batch"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Local training on a client: stochastic gradient descent."""
+
+    epochs: int = option(2, "passes over the client's balanced data in a round", low=1)
+    batch_size: int = option(32, "images per step", low=1)
+    learning_rate: float = option(0.05, "step size of the model", above=0.0)
+    momentum: float = option(0.9, "momentum, from zero again in each round", low=0.0, high=0.999)
+    weight_decay: float = option(0.0, "L2 penalty of the model's weights", low=0.0)
+    clip_norm: float = option(5.0, "largest gradient norm of the model; 0: no clipping", low=0.0)
+    augment: bool = option(True, "random shifts (and flips, for photographs), drawn anew for each batch")
+    precision: str = option(
+        "auto", "auto: bf16 where the machine has it in hardware, else fp32", choices=("auto", "fp32", "bf16")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancingConfig:
+    """FBL. `enabled = false` is plain FedAvg; each part can be switched on its own."""
+
+    enabled: bool = option(True, "balance each client's data before it trains")
+    filling: bool = option(True, "knowledge filling: generate scarce and missing classes up to the balance point")
+    max_filled_share: float = option(
+        1.0,
+        "largest share of a client's balanced set that may be synthetic; the rest is kept in real images",
+        low=0.0,
+        high=1.0,
+    )
+    filter: str = option(
+        "none", "what leaves out implausible synthetic images, from round 2 on", choices=("none", "model", "neighbours")
+    )
+    filter_share: float = option(
+        0.2,
+        "share of a class's synthetic images that falls (model), or of real ones that would (neighbours)",
+        low=0.0,
+        high=1.0,
+    )
+    sampling: str = option(
+        "loss", "knowledge sampling: which images of an excessive class stay", choices=("loss", "random", "none")
+    )
+    replay_period: int = option(5, "server rounds after which a client chooses its images anew; 0: never", low=0)
+    replay_ratio: float = option(0.1, "gamma, the share of replayed images among the kept of a class", low=0.0, high=1.0)
+    alignment: bool = option(True, "knowledge alignment: learn a vector per class that moves synthetic onto real features")
+    drop: float = option(0.5, "knowledge drop: probability that a synthetic image loses its vector", low=0.0, high=1.0)
+    embedding_learning_rate: float = option(0.05, "step size of the alignment vectors", low=0.0)
+    average_embeddings: bool = option(
+        False, "let the server average the alignment vectors; which of them moved tells it what a client lacks"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """Where a client's synthetic images come from."""
+
+    name: str = option(
+        "diffusion",
+        "class-conditional 4-bit diffusion, a quantised Stable Diffusion, or real public images in their place",
+        choices=("diffusion", "text-to-image", "public-images"),
+    )
+    path: str = option(
+        "", "directory of a generator; empty: the one that comes with the data set; text-to-image always needs a directory"
+    )
+    trained_on: str = option("", "data set that the generator was trained on; empty: the federation's own")
+    steps: int = option(4, "denoising steps per image", low=1, high=1000)
+    guidance: float = option(2.0, "classifier-free guidance; 1: none", low=1.0, high=20.0)
+    batch_size: int = option(32, "images generated together; fewer where memory is short", low=1)
+    memory_limit: int = option(0, "MiB for the images that are made together; 0: half of the free memory", low=0)
+    time_budget: float = option(
+        0.0,
+        "seconds that a client may generate at its start; what is missing then is kept in real images; 0: no limit",
+        low=0.0,
+    )
+    resolution: int = option(
+        0, "text-to-image: height and width that the model makes, a multiple of 8; 0: what it was trained for", low=0, high=2048
+    )
+    scheduler: str = option(
+        "auto",
+        "text-to-image: how noise becomes an image; auto: the model's own way",
+        choices=("auto", "dpm++", "unipc", "lcm", "euler", "euler-ancestral", "ddim"),
+    )
+    prompt: str = option(
+        "", "text-to-image: prompt with {name} for the class, several separated by ' | '; empty: the data set's own"
+    )
+    image_to_image: bool = option(
+        False, "text-to-image: start scarce classes from the client's own images; the results stay on the client"
+    )
+    strength: float = option(
+        0.3, "text-to-image: how far such a start is turned to noise; small stays close to it", low=0.01, high=1.0
+    )
+    blur: float = option(
+        0.0,
+        "public-images: standard deviation, in pixels, of a Gaussian blur, for images of a worse domain",
+        low=0.0,
+        high=16.0,
+    )
+    noise: float = option(
+        0.0, "public-images: standard deviation of Gaussian noise, after the blur; pixels are 0 .. 1", low=0.0, high=1.0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationConfig:
+    """FedAvg: the mean of the clients' models, weighted by their number of images."""
+
+    weight_by: str = option("balanced", "count the balanced set or the client's real images", choices=("balanced", "real"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """Ours, for every method: the server first trains the initial model on images of the public generator."""
+
+    enabled: bool = option(False, "start from a model trained on synthetic images")
+    num_images: int = option(0, "synthetic images; 0: as many as the clients have real ones together", low=0)
+    epochs: int = option(20, "passes over them", low=1)

@@ -1,0 +1,108 @@
+"""The whole tree of settings, and which of them contradict each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fbl_flower.config.machines import PrepareConfig, TransportConfig
+from fbl_flower.config.methods import (
+    ClientsConfig,
+    FedGenConfig,
+    FedProxConfig,
+    MethodConfig,
+    MoonConfig,
+    ScaffoldConfig,
+    client_problems,
+)
+from fbl_flower.config.options import option
+from fbl_flower.config.sections import (
+    OWN,
+    PACKAGED,
+    AggregationConfig,
+    BalancingConfig,
+    DataConfig,
+    GeneratorConfig,
+    ModelConfig,
+    TrainConfig,
+    WarmStartConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    seed: int = option(0, "one number from which every random choice follows", low=0)
+    num_server_rounds: int = option(5, "rounds of training", low=1)
+    num_clients: int = option(10, "clients of the federation, spread over the nodes that connect", low=1)
+    fraction_train: float = option(0.5, "share of the clients that train in a round", above=0.0, high=1.0)
+    output_dir: str = option("~/.fbl/runs", "folder of the run directories, on the server")
+    state_dir: str = option("~/.fbl", "folder for image cache and client state, on each client")
+    resume: str = option(
+        "",
+        "run directory of a killed run to go on with; auto: the newest unfinished one in output-dir with these settings, if any",
+    )
+    checkpoint_every: int = option(5, "rounds between checkpoints; the last round always has one", low=1)
+    pictures: bool = option(True, "draw the run's pictures at its end")
+    timeout: float = option(3600.0, "seconds that the server waits for the clients in a round", above=0.0)
+    num_threads: int = option(1, "torch's threads per client and for the server; part of what makes a run repeatable", low=1)
+    device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    fedprox: FedProxConfig = field(default_factory=FedProxConfig)
+    moon: MoonConfig = field(default_factory=MoonConfig)
+    scaffold: ScaffoldConfig = field(default_factory=ScaffoldConfig)
+    fedgen: FedGenConfig = field(default_factory=FedGenConfig)
+    clients: ClientsConfig = field(default_factory=ClientsConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+
+
+def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
+    """Name the settings that are fine alone and wrong together, each problem with the keys that it is about."""
+    d, b, g = config.data, config.balancing, config.generator
+    found: list[tuple[tuple[str, ...], str]] = []
+    if d.name in (*OWN, "tiny-imagenet") and not d.path:
+        text = f"data.path: empty; the data set {d.name!r} needs the path of its images (see docs/data.md)"
+        found.append((("data.name", "data.path"), text))
+    if d.name in PACKAGED and d.path:
+        text = f"data.path: got {d.path!r}; the data set {d.name!r} comes with a package and takes no path"
+        found.append((("data.name", "data.path"), text))
+    if d.name not in OWN and d.class_names:
+        text = f"data.classes: got {d.classes!r}; the data set {d.name!r} has its own; allowed with {' | '.join(OWN)}"
+        found.append((("data.name", "data.classes"), text))
+    if "" in d.class_names or len(set(d.class_names)) < len(d.class_names):
+        text = f"data.classes: got {d.classes!r}; allowed: names between commas, none empty and none twice"
+        found.append((("data.classes",), text))
+    if d.channels == 2:
+        found.append((("data.channels",), "data.channels: got 2; allowed: 0 | 1 | 3"))
+    if d.num_public >= 0 and d.num_validation > d.num_public:
+        text = f"data.num-validation: got {d.num_validation}; it is a part of data.num-public, which is {d.num_public}"
+        found.append((("data.num-validation", "data.num-public"), text))
+    if b.average_embeddings and not b.alignment:
+        text = "balancing.average-embeddings: true, but balancing.alignment is false: there are no vectors to average"
+        found.append((("balancing.average-embeddings", "balancing.alignment"), text))
+    if b.filter != "none" and (b.replay_period == 0 or not b.filling):
+        text = (
+            f"balancing.filter: {b.filter!r} works at replays, on synthetic images: balancing.replay-period >= 1, and filling"
+        )
+        found.append((("balancing.filter", "balancing.replay-period", "balancing.filling"), text))
+    if g.name == "text-to-image" and not g.path:
+        text = "generator.path: empty; text-to-image needs the directory that `fbl-flower generator quantize` made"
+        found.append((("generator.name", "generator.path"), text))
+    if g.resolution % 8:
+        found.append((("generator.resolution",), f"generator.resolution: got {g.resolution}; allowed: 0, or a multiple of 8"))
+    if g.image_to_image and g.name != "text-to-image":
+        text = f"generator.image-to-image: true, but generator.name is {g.name!r}; only text-to-image can start from images"
+        found.append((("generator.image-to-image", "generator.name"), text))
+    for key, value in (("generator.blur", g.blur), ("generator.noise", g.noise)):
+        if value and g.name != "public-images":
+            text = f"{key}: got {value}; only public-images are degraded, and generator.name is {g.name!r}"
+            found.append(((key, "generator.name"), text))
+    return found + client_problems(config.clients, balancing=b.enabled)
