@@ -502,8 +502,15 @@ def test_the_units_start_what_we_take(name: str) -> None:
     (line,) = re.findall(r"^ExecStart=/opt/fbl/bin/fbl-flower (.*)$", text, re.MULTILINE)
     line = re.sub(r"\$\{?(\w+)\}?", lambda found: settings.pop(found[1]), line)
     options = parsed(shlex.split(line))
-    assert options.dir == Path("/var/lib/fbl/federation")
-    assert {"Restart=always", "NoNewPrivileges=true", "ProtectSystem=strict", "User=fbl"} <= set(text.splitlines())
+    assert options.dir == Path("~/.fbl/federation")  # where the guide's `sudo -u fbl -H` puts certificates and keys
+    assert {
+        "Environment=HOME=/var/lib/fbl OMP_NUM_THREADS=1",
+        "StateDirectory=fbl",
+        "Restart=always",
+        "NoNewPrivileges=true",
+        "ProtectSystem=strict",
+        "User=fbl",
+    } <= set(text.splitlines())
     assert "ProtectClock" not in text  # it closes all devices but the clock, and so the GPU
     assert "PrivateDevices" not in text
     if name == "fbl-node":
