@@ -29,13 +29,17 @@ def flower_environment(home: Path | None = None) -> dict[str, str]:
     """
     programs = str(Path(sys.executable).parent)
     own_home = {"FLWR_HOME": str(home)} if home else {}
-    return os.environ | own_home | {
-        "PATH": programs + os.pathsep + os.environ.get("PATH", ""),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
+    return (
+        os.environ
+        | own_home
+        | {
+            "PATH": programs + os.pathsep + os.environ.get("PATH", ""),
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
 
 
 def neutral_directory() -> Path:
