@@ -1,6 +1,6 @@
 """The command `fbl-flower`. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 
-Only the configuration is imported at the top: help and bad input must not wait for torch.
+Only the configuration and arguments are imported at the top: help and bad input must not wait for torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fbl_flower.commands.deploy.arguments import add_deploy
 from fbl_flower.config import surface
 from fbl_flower.errors import ConfigError, DataError, FBLError, GeneratorError
 
@@ -244,6 +245,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--note", default="", metavar="TEXT", help="stands above the table, such as where the data comes from")
     _add_config(sweep)
     sweep.set_defaults(handler=_sweep)
+
+    add_deploy(commands)
 
     superlink = commands.add_parser("superlink", help="the background SuperLink that `flwr run` leaves behind")
     stop = superlink.add_subparsers(required=True, metavar="ACTION").add_parser("stop", help="stop it")

@@ -47,7 +47,19 @@ settings.load_profile("repeatable")
 @pytest.fixture
 def flower_environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Give the environment for Flower processes that meet nobody else's: own home, own ports; end what is left of them."""
-    home = tmp_path / "flwr-home"
+    with _flower_home(tmp_path / "flwr-home") as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def module_flower_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Give the same to all tests of a module."""
+    with _flower_home(tmp_path_factory.mktemp("flower") / "flwr-home") as environment:
+        yield environment
+
+
+@contextlib.contextmanager
+def _flower_home(home: Path) -> Iterator[dict[str, str]]:
     home.mkdir()
     environment = {
         **os.environ,
@@ -92,10 +104,10 @@ def _end_processes_of(home: Path) -> None:
     """Stop every process that was started with `home` as its HOME (Flower's local SuperLink outlives its caller)."""
     for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
         deadline = time.monotonic() + patience
-        for process in _processes_of(home):
+        for process in processes_of(home):
             with contextlib.suppress(ProcessLookupError):  # it may have ended by itself meanwhile
                 os.kill(process, number)
-        while _processes_of(home):
+        while processes_of(home):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
@@ -103,7 +115,7 @@ def _end_processes_of(home: Path) -> None:
             return
 
 
-def _processes_of(home: Path) -> list[int]:
+def processes_of(home: Path) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -21,16 +21,25 @@ def flower_program(name: str) -> str:
     return str(path) if path.exists() else name
 
 
-def flower_environment() -> dict[str, str]:
-    """Return the environment for Flower's programs: this virtual environment's programs first, no installing at run time."""
+def flower_environment(home: Path | None = None) -> dict[str, str]:
+    """Return the environment for Flower's programs: this virtual environment's programs first, no installing at run time.
+
+    Args:
+        home: FLWR_HOME, whose default connection says which server is meant; None: the user's.
+    """
     programs = str(Path(sys.executable).parent)
-    return os.environ | {
-        "PATH": programs + os.pathsep + os.environ.get("PATH", ""),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
+    own_home = {"FLWR_HOME": str(home)} if home else {}
+    return (
+        os.environ
+        | own_home
+        | {
+            "PATH": programs + os.pathsep + os.environ.get("PATH", ""),
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
 
 
 def neutral_directory() -> Path:
@@ -40,32 +49,41 @@ def neutral_directory() -> Path:
     return folder
 
 
-def run_status(run_id: str | None = None) -> list[dict[str, Any]]:
+def run_status(run_id: str | None = None, *, home: Path | None = None) -> list[dict[str, Any]]:
     """Ask the SuperLink for its runs, or for one of them; each has `run-id`, `status` and `status-details`."""
     which = ["--run-id", run_id] if run_id else []
     command = [flower_program("flwr"), "ls", *which, "--format", "json"]
-    done = subprocess.run(command, env=flower_environment(), cwd=neutral_directory(), capture_output=True, text=True)
-    try:
-        answer = json.loads(done.stdout[done.stdout.index("{") :])  # notices may come before it
-    except ValueError as error:
-        raise RunFailed(f"`flwr ls` gave no answer: {(done.stderr or done.stdout).strip()}") from error
+    done = subprocess.run(command, env=flower_environment(home), cwd=neutral_directory(), capture_output=True, text=True)
+    answer = json_answer(done, "flwr ls")
     if not answer.get("success", False):
         raise RunFailed(f"`flwr ls` failed: {answer.get('error-message', answer)}")
     return list(answer["runs"])
 
 
-def stop_run(run_id: str) -> None:
+def json_answer(done: subprocess.CompletedProcess[str], name: str) -> dict[str, Any]:
+    """Return what a program that was called with `--format json` said; `name` is for the error message.
+
+    Raises:
+        RunFailed: It said nothing of the kind.
+    """
+    try:
+        return dict(json.loads(done.stdout[done.stdout.index("{") :]))  # notices may come before it
+    except ValueError as error:
+        raise RunFailed(f"`{name}` gave no answer: {(done.stderr or done.stdout).strip()}") from error
+
+
+def stop_run(run_id: str, *, home: Path | None = None) -> None:
     """Stop a run and wait until its processes had time to end."""
     command = [flower_program("flwr"), "stop", run_id]
-    subprocess.run(command, env=flower_environment(), cwd=neutral_directory(), capture_output=True)
-    final_status(run_id)
+    subprocess.run(command, env=flower_environment(home), cwd=neutral_directory(), capture_output=True)
+    final_status(run_id, home=home)
 
 
-def final_status(run_id: str) -> tuple[str, str]:
+def final_status(run_id: str, *, home: Path | None = None) -> tuple[str, str]:
     """Wait for a final status; the log may end a little earlier."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
-        row = run_status(run_id)[0]
+        row = run_status(run_id, home=home)[0]
         if row["status"].startswith("finished") or time.monotonic() > deadline:
             return row["status"], row.get("status-details") or ""
         time.sleep(1.0)

@@ -40,7 +40,7 @@ def run_simulation(settings: Mapping[str, Value], *, nodes: int, app: Path | Non
         config.write_text(to_toml(settings), encoding="utf-8")
         resources = f"num-supernodes={nodes} client-resources-num-cpus=1 client-resources-num-gpus={0.1 if gpu else 0.0}"
         command = [flower_program("flwr"), "run", str(folder), "--stream", "--federation-config", resources, "-c", str(config)]
-        run_id = _follow(command)
+        run_id = follow(command)
     status, details = final_status(run_id)
     if status != "finished:completed":
         raise RunFailed(
@@ -48,12 +48,12 @@ def run_simulation(settings: Mapping[str, Value], *, nodes: int, app: Path | Non
         )
 
 
-def _follow(command: list[str]) -> str:
-    """Run `flwr run --stream`, pass its output on, and return the run's id."""
+def follow(command: list[str], *, home: Path | None = None) -> str:
+    """Run `flwr run --stream`, pass its output on, and return the run's id; `home` is its FLWR_HOME, if not the user's."""
     run_id, refusal = None, []
     # A session of its own keeps a Ctrl-C from it: it would only stop the log, not the run.
     process = subprocess.Popen(
-        command, env=flower_environment(), cwd=neutral_directory(), start_new_session=True,
+        command, env=flower_environment(home), cwd=neutral_directory(), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
     )  # fmt: skip
     assert process.stdout is not None
@@ -68,7 +68,7 @@ def _follow(command: list[str]) -> str:
     except KeyboardInterrupt:
         if run_id is not None:
             print(f"stopping run {run_id} ...", file=sys.stderr, flush=True)
-            stop_run(run_id)
+            stop_run(run_id, home=home)
         raise
     finally:
         process.terminate()
