@@ -210,6 +210,7 @@ class Watch:
         """Wait until a line of the metrics is as wanted, and return it."""
 
         def look() -> dict[str, Any] | None:
+            assert (self.summary() or {}).get("status") != "failed", f"{self.summary()}\n{self._log()}"
             return next((row for row in self.rows() if row["round"] > 0 and wanted(row)), None)
 
         return wait_for(look, seconds, what, lambda: f"{self.rows()}\n{self.summary()}\n{self._log()}")
