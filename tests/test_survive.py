@@ -52,39 +52,30 @@ def alignment_rounds(state_dir: Path) -> list[int]:
     return [json.loads(line)["round"] for line in file.read_text().splitlines()]
 
 
-def test_clients_that_are_killed_or_slow_are_left_out_and_come_back(tmp_path: Path, deployment: Deployment) -> None:
-    """Node 2 is killed while it generates, node 1 while it trains; then node 0 stands still for longer than a round may take."""
+def test_clients_that_are_killed_are_left_out_and_come_back(tmp_path: Path, deployment: Deployment) -> None:
+    """Node 2 is killed while it generates, node 1 while it trains."""
     for node in range(3):
         deployment.start_node(node)
-    settings = settings_of(
-        tmp_path, num_server_rounds=8, generator__name="diffusion", generator__steps=50, generator__batch_size=8
-    )
+    generator = {"generator__name": "diffusion", "generator__steps": 30, "generator__batch_size": 4}
+    settings = settings_of(tmp_path, num_server_rounds=6, timeout=150.0, **generator)
     watch, caches = Watch(tmp_path / "runs", deployment.log), [deployment.state_dir(node) / "cache" for node in range(3)]
     run_id = deployment.submit(settings)
 
-    wait_for(lambda: len(files_of(caches[2])) >= 8, LONG, "node 2 to generate", deployment.log)
-    assert deployment.processes("node-2", "flwr-clientapp")
+    wait_for(lambda: len(files_of(caches[2])) >= 4, LONG, "node 2 to generate", deployment.log)
     deployment.send(signal.SIGKILL, "node-2")
     before_kill = files_of(caches[2])
     assert not list(deployment.state_dir(2).glob("prepared/*")), "node 2 was killed too late"
 
     watch.wait_for_row(lambda row: 1 in row["clients"], LONG, "node 1 in a round")
     wait_for(lambda: deployment.processes("node-1", "flwr-clientapp"), LONG, "node 1 to train", deployment.log)
-    assert deployment.send(signal.SIGKILL, "node-1")
     complete, rounds_before = files_of(caches[1]), alignment_rounds(deployment.state_dir(1))
+    assert deployment.send(signal.SIGKILL, "node-1")
     lost = watch.wait_for_row(lambda row: "1" in row["left_out"], LONG, "node 1 to be left out")["round"]
-    back = watch.wait_for_row(lambda row: row["round"] > lost and 1 in row["clients"], LONG, "node 1 to return")["round"]
+    watch.wait_for_row(lambda row: row["round"] > lost and 1 in row["clients"], LONG, "node 1 to return")
+    summary = watch.wait_for_end(2 * LONG)
 
-    wait_for(lambda: deployment.processes("node-0", "flwr-clientapp"), LONG, "node 0 to train", deployment.log)
-    assert deployment.send(signal.SIGSTOP, "node-0")
-    slow = watch.wait_for_row(lambda row: row["round"] > back and "0" in row["left_out"], LONG, "node 0 to be left out")
-    deployment.send(signal.SIGCONT, "node-0")
-    watch.wait_for_row(lambda row: row["round"] > slow["round"] and 0 in row["clients"], LONG, "node 0 to return")
-    summary = watch.wait_for_end(LONG)
-
-    assert summary["status"] == "completed" and summary["rounds"] == 8
+    assert summary["status"] == "completed" and summary["rounds"] == 6
     assert summary["not_prepared"].keys() == {"2"}
-    assert {"1", "0"} <= {client for left_out in summary["left_out"].values() for client in left_out}
     assert any(2 in row["clients"] for row in watch.rows() if row["round"])
     after = files_of(caches[2])
     assert before_kill.items() <= after.items() and len(after) > len(before_kill)  # made once, and the rest
@@ -94,7 +85,24 @@ def test_clients_that_are_killed_or_slow_are_left_out_and_come_back(tmp_path: Pa
     table = json.loads((watch.run_dir / "nodes.json").read_text())
     assert [row["name"] for row in table["nodes"]] == ["site-0", "site-1", "site-2"]
     assert all(row["not_prepared"] == {} for row in table["nodes"])
-    assert {("site-1", "not connected"), ("site-1", "connected again")} <= {(e["name"], e["event"]) for e in table["events"]}
+    assert ("site-1", "not connected") in {(event["name"], event["event"]) for event in table["events"]}
+
+
+def test_a_client_that_is_too_slow_is_left_out_and_back_in_a_later_round(tmp_path: Path, deployment: Deployment) -> None:
+    """Node 0 stands still for longer than a round may take."""
+    for node in range(3):
+        deployment.start_node(node)
+    watch = Watch(tmp_path / "runs", deployment.log)
+    deployment.submit(settings_of(tmp_path, num_server_rounds=4, balancing__enabled=False))
+    watch.wait_for_row(lambda row: row["clients"] == [0, 1, 2], LONG, "all three in a round")
+    wait_for(lambda: deployment.processes("node-0", "flwr-clientapp"), LONG, "node 0 to train", deployment.log)
+    assert deployment.send(signal.SIGSTOP, "node-0")
+    slow = watch.wait_for_row(lambda row: "0" in row["left_out"], LONG, "node 0 to be left out")
+    deployment.send(signal.SIGCONT, "node-0")
+    watch.wait_for_row(lambda row: row["round"] > slow["round"] and 0 in row["clients"], LONG, "node 0 to return")
+    summary = watch.wait_for_end(LONG)
+    assert summary["status"] == "completed" and list(summary["left_out"][str(slow["round"])]) == ["0"]
+    assert slow["left_out"]["0"] in ("no answer within 90 s", "its node is not connected")
 
 
 def mount_small_disk(folder: Path) -> None:
