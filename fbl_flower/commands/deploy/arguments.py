@@ -58,7 +58,7 @@ def add_deploy(commands: Any) -> None:
     node.add_argument(
         "--capability",
         choices=("full", "rich", "none"),
-        help="full: generates its images; rich: computes, cannot generate; none: neither (default: full)",
+        help="full: balances; rich: discards nothing, fills every class to its largest; none: cannot generate (default: full)",
     )
     node.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="another node-config key, as a TOML value; repeatable"
