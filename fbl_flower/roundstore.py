@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +52,7 @@ class RoundStore(Generic[T]):
         """
         rounds = self._rounds()
         for later in [r for r in rounds if r >= before_round]:
-            self._path(later).unlink(missing_ok=True)
+            os.unlink(self._path(later))
         earlier = [r for r in rounds if r < before_round]
         return self._read(self._path(earlier[-1])) if earlier else None
 
@@ -69,25 +69,30 @@ class RoundStore(Generic[T]):
             server_round: The round that it is the result of.
             checkpoint_round: The server's last checkpoint: states that no resumed run can ask for again are deleted.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         record = self._pack(state)
-        tensors = {name: tensor.contiguous() for name, tensor in record.tensors.items()}
-        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(save(tensors, metadata=record.texts))
-        os.replace(temporary, self._path(server_round))
-        for old in [r for r in self._rounds() if r <= checkpoint_round][:-1]:  # but for the newest of them
-            self._path(old).unlink(missing_ok=True)
+        data = save({name: tensor.contiguous() for name, tensor in record.tensors.items()}, metadata=record.texts)
+        path = self._path(server_round)
+        rounds = self._rounds()
+        if not rounds:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = f"{path}.{os.getpid()}-{threading.get_ident()}"
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+        os.replace(temporary, path)
+        for old in [r for r in sorted({*rounds, server_round}) if r <= checkpoint_round][:-1]:  # but for the newest of them
+            os.unlink(self._path(old))
 
     def _rounds(self) -> list[int]:
-        if not self.folder.is_dir():
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
             return []
-        return sorted(int(m[1]) for name in os.listdir(self.folder) if (m := _NAME.fullmatch(name)))
+        return sorted(int(m[1]) for name in names if (m := _NAME.fullmatch(name)))
 
-    def _path(self, server_round: int) -> Path:
-        return self.folder / f"round-{server_round:06d}.safetensors"
+    def _path(self, server_round: int) -> str:
+        return f"{self.folder}/round-{server_round:06d}.safetensors"
 
-    def _read(self, path: Path) -> T:
+    def _read(self, path: str) -> T:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in list(file.keys())}
