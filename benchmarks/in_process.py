@@ -34,19 +34,22 @@ def main() -> None:
         return result
 
     client.run_local_round = timed
-    overheads = []
-    with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, bool | int | float | str] = {
-            "data.name": "digits", "model.name": "tiny", "generator.name": "public-images", "num-clients": 20,
-            "num-server-rounds": 20, "fraction-train": 1.0, "pictures": False, "output-dir": folder, "state-dir": folder,
-        }  # fmt: skip
-        for _ in range(repeats + 1):
-            training[0] = 0.0
-            started = time.perf_counter()
-            run_local(settings)
-            overheads.append(time.perf_counter() - started - training[0])
-            print(f"local training {training[0]:.2f} s, everything else {overheads[-1]:.2f} s")
-    print(f"20 clients x 20 rounds: {statistics.median(overheads[1:]):.2f} s beyond local training (median of {repeats})")
+    for fraction in (0.5, 1.0):
+        overheads = []
+        with tempfile.TemporaryDirectory() as folder:
+            settings: dict[str, bool | int | float | str] = {
+                "data.name": "digits", "model.name": "tiny", "generator.name": "public-images", "num-clients": 20,
+                "num-server-rounds": 20, "fraction-train": fraction, "pictures": False, "output-dir": folder, "state-dir": folder,
+            }  # fmt: skip
+            for _ in range(repeats + 1):
+                training[0] = 0.0
+                started = time.perf_counter()
+                run_local(settings)
+                overheads.append(time.perf_counter() - started - training[0])
+                print(f"local training {training[0]:.2f} s, everything else {overheads[-1]:.2f} s")
+        share = "half of the clients" if fraction < 1 else "all clients"
+        middle = statistics.median(overheads[1:])
+        print(f"20 clients x 20 rounds, {share} a round: {middle:.2f} s beyond local training (median of {repeats})")
 
 
 if __name__ == "__main__":
