@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from flwr.app import Message
 from flwr.serverapp import Grid
 from PIL import Image
+
+from fbl_flower.federation.local import run_local
+from fbl_flower.reporting.rundir import RunDirectory
 
 
 def write_parquet(path: Path, labels: np.ndarray, *, num_test: int = 40, seed: int = 0) -> Path:
@@ -44,6 +48,24 @@ def quick(tmp_path: Path, **overrides: Any) -> dict[str, Any]:
         "output-dir": str(tmp_path / "runs"),
         "state-dir": str(tmp_path / "state"),
     } | {key.replace("__", ".").replace("_", "-"): value for key, value in overrides.items()}
+
+
+def run_and_kill(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *, in_round: int) -> Path:
+    """Run in process until the metrics of `in_round` would be written, and die there; return the run's directory."""
+    append, runs = RunDirectory.append, Path(settings["output-dir"])
+    before = set(runs.iterdir()) if runs.is_dir() else set()
+
+    def dies(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
+        if row["round"] == in_round:
+            raise KeyboardInterrupt
+        append(self, name, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "append", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_local(settings)
+    (killed,) = set(runs.iterdir()) - before
+    return killed
 
 
 def save_image(path: Path, value: int | tuple[int, ...], *, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Path:

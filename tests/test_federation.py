@@ -13,7 +13,7 @@ import pytest
 import torch
 from flwr.app import Array, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from helpers import quick
+from helpers import quick, run_and_kill
 from safetensors.numpy import load_file
 
 from fbl_flower.config import parse_config
@@ -23,7 +23,6 @@ from fbl_flower.federation import client, server
 from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.local import LocalGrid, run_local
 from fbl_flower.federation.wire import Reply, Request, array_record, code_fingerprint
-from fbl_flower.reporting.rundir import RunDirectory
 from fbl_flower.training import prepare
 
 
@@ -93,18 +92,7 @@ def test_second_run_generates_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_resumed_run_ends_with_the_metrics_of_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = quick(tmp_path, num_server_rounds=7, checkpoint_every=2, balancing__replay_period=2)
     unbroken = run_local(settings)
-    append = RunDirectory.append
-
-    def dies_in_round_6(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
-        if row["round"] == 6:
-            raise KeyboardInterrupt
-        append(self, name, row)
-
-    monkeypatch.setattr(RunDirectory, "append", dies_in_round_6)
-    with pytest.raises(KeyboardInterrupt):
-        run_local(settings)
-    monkeypatch.undo()
-    (killed,) = [p for p in (tmp_path / "runs").iterdir() if p != unbroken.run_dir]
+    killed = run_and_kill(settings, monkeypatch, in_round=6)
     assert json.loads((killed / "summary.json").read_text())["status"] == "failed"
     assert len(metrics(killed).splitlines()) == 6  # rounds 0 to 5, of which 5 is after the last checkpoint
     with (killed / "metrics.jsonl").open("a") as file:

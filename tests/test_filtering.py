@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import quick
+from helpers import quick, run_and_kill
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -26,7 +26,6 @@ from fbl_flower.federation import client as client_app
 from fbl_flower.federation.local import Outcome, run_local
 from fbl_flower.models import new_classifier
 from fbl_flower.params import Arrays, to_arrays
-from fbl_flower.reporting.rundir import RunDirectory
 from fbl_flower.seeding import numpy_stream, torch_stream
 from fbl_flower.training.evaluation import per_image_losses, predict
 from fbl_flower.training.filtering import choose_fill, filter_row, filtered
@@ -306,19 +305,8 @@ def test_a_killed_run_goes_on_with_the_same_choice(tmp_path: Path, monkeypatch: 
         balancing__filter_share=0.4,
     )
     unbroken = run_local(settings)
-    append = RunDirectory.append
-
-    def dies_in_round_6(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
-        if row["round"] == 6:
-            raise KeyboardInterrupt
-        append(self, name, row)
-
-    monkeypatch.setattr(RunDirectory, "append", dies_in_round_6)
-    with pytest.raises(KeyboardInterrupt):
-        run_local(settings)
-    monkeypatch.undo()
+    killed = run_and_kill(settings, monkeypatch, in_round=6)
     client_app._client_data.cache_clear()
-    (killed,) = [p for p in (tmp_path / "runs").iterdir() if p != unbroken.run_dir]
     resumed = run_local(settings | {"resume": str(killed)})
     assert metrics(resumed) == metrics(unbroken)
     plain = run_local(settings | {"balancing.filter": "none"})

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from helpers import RecordingGrid, quick
+from helpers import RecordingGrid, quick, run_and_kill
 from safetensors.numpy import load_file
 
 from fbl_flower.federation import client, method_rounds, server
 from fbl_flower.federation.local import LocalGrid, run_local
 from fbl_flower.federation.wire import Reply, Request
 from fbl_flower.methods.fedgen import LABEL_COUNTS
-from fbl_flower.reporting.rundir import RunDirectory
 
 Settings = dict[str, Any]
 
@@ -121,18 +120,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, monkeyp
     """Killed in round 4, after a checkpoint in round 2: clients are ahead, and their process has forgotten them."""
     settings = small(tmp_path, method__name=method, num_server_rounds=5, checkpoint_every=2)
     unbroken = run_local(settings)
-    append = RunDirectory.append
-
-    def dies_in_round_4(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
-        if row["round"] == 4:
-            raise KeyboardInterrupt
-        append(self, name, row)
-
-    monkeypatch.setattr(RunDirectory, "append", dies_in_round_4)
-    with pytest.raises(KeyboardInterrupt):
-        run_local(settings)
-    monkeypatch.undo()
-    (killed,) = [p for p in (tmp_path / "runs").iterdir() if p != unbroken.run_dir]
+    killed = run_and_kill(settings, monkeypatch, in_round=4)
     client._client_data.cache_clear()
     run_local(settings | {"resume": str(killed)})
     assert results(killed) == results(unbroken.run_dir)
