@@ -11,11 +11,11 @@ import pytest
 from helpers import quick
 
 from fbl_flower.commands.overrides import chosen_config
-from fbl_flower.config import parse_config
+from fbl_flower.config import RunConfig, flatten, parse_config
 from fbl_flower.errors import ConfigError, StateError
 from fbl_flower.federation import client
 from fbl_flower.federation.local import run_local
-from fbl_flower.reporting.rundir import RunDirectory
+from fbl_flower.reporting.rundir import RunDirectory, changed_settings
 from fbl_flower.reporting.unfinished import Claim, open_run
 
 
@@ -106,3 +106,12 @@ def test_the_command_line_takes_auto_for_what_it_is(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert chosen_config(["resume='auto'"])[0].resume == "auto"
     assert chosen_config(["resume='other'"])[0].resume == str(tmp_path / "other")
+
+
+def test_a_setting_that_a_run_did_not_know_yet_had_its_default() -> None:
+    now = flatten(RunConfig())
+    before = {key: value for key, value in now.items() if key != "balancing.filter"}
+    assert changed_settings(before, now) == {}
+    assert changed_settings(before, now | {"balancing.filter": "model"}) == {"balancing.filter": ("none", "model")}
+    assert changed_settings(before | {"gone": 1}, now) == {"gone": (1, None)}
+    assert changed_settings(before, now | {"num-server-rounds": 99, "timeout": 1.0}) == {}

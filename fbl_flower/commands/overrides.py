@@ -10,10 +10,11 @@ from pathlib import Path
 
 from fbl_flower.config import RunConfig, Value, flat_table, flatten, parse_config
 from fbl_flower.errors import ConfigError
+from fbl_flower.reporting.rundir import MAY_CHANGE_ON_RESUME, changed_settings
 
 _PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own pattern (flwr.common.config.parse_config_args)
 _PATHS = ("output-dir", "state-dir", "data.path", "generator.path", "resume")
-_MAY_CHANGE_ON_RESUME = "num-server-rounds"
+_ROUNDS = "num-server-rounds"
 
 
 def read_overrides(arguments: Sequence[str]) -> dict[str, Value]:
@@ -101,14 +102,14 @@ def _resumed(folder: Path, asked: dict[str, Value]) -> dict[str, Value]:
     if not file.is_file():
         raise ConfigError([f"--resume: no file {file}; wanted the run directory of an earlier run"])
     settings = read_toml(file)
+    may_change = sorted(MAY_CHANGE_ON_RESUME - {_ROUNDS, "resume"})
     problems = [
-        f"{key}: got {value!r}; a resumed run keeps its settings, and only {_MAY_CHANGE_ON_RESUME} may be raised"
-        for key, value in asked.items()
-        if key != _MAY_CHANGE_ON_RESUME and settings.get(key) != value
+        f"{key}: got {now!r}; the run to resume has {then!r}. Of its settings, {_ROUNDS} may be raised, and {', '.join(may_change)} may change"
+        for key, (then, now) in changed_settings(settings, settings | asked).items()
     ]
-    rounds, before = asked.get(_MAY_CHANGE_ON_RESUME), settings.get(_MAY_CHANGE_ON_RESUME)
+    rounds, before = asked.get(_ROUNDS), settings.get(_ROUNDS)
     if isinstance(rounds, int) and isinstance(before, int) and rounds < before:
-        problems.append(f"{_MAY_CHANGE_ON_RESUME}: got {rounds}; the run in {folder} has {before}, which may only be raised")
+        problems.append(f"{_ROUNDS}: got {rounds}; the run in {folder} has {before}, which may only be raised")
     if problems:
         raise ConfigError(problems)
     return settings | asked | {"resume": str(folder.expanduser().resolve())}

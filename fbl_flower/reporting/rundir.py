@@ -33,10 +33,10 @@ from fbl_flower.errors import ConfigError, StateError
 from fbl_flower.params import Arrays
 
 _PACKAGES = ("fbl-flower", "flwr", "torch", "torchvision", "diffusers", "optimum-quanto", "numpy")
-# What may change when a run is resumed: it does not touch what a round computes.
-_FREE = {
+# What may change when a run is resumed: it does not touch what a round computes. The number of rounds may only be raised.
+MAY_CHANGE_ON_RESUME = frozenset({
     "resume", "num-server-rounds", "output-dir", "checkpoint-every", "timeout", "pictures", "prepare.timeout", "prepare.quorum",
-}  # fmt: skip
+})  # fmt: skip
 _EMBEDDINGS = "alignment-embeddings"  # name of the averaged vectors beside the model's own names
 _METHOD = "method-state/"  # before a method's name, "/", and the name of an array that the server keeps for it
 
@@ -108,11 +108,9 @@ class RunDirectory:
             before = run.read_settings()
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise StateError(f"resume: {run.path} is not the directory of a run ({error})") from error
-        now = flatten(config)
         problems = [
-            f"{key}: got {now.get(key)!r}; the run to resume has {before.get(key)!r}, and it decides the results"
-            for key in sorted(now.keys() | before.keys())
-            if key not in _FREE and now.get(key) != before.get(key)
+            f"{key}: got {now!r}; the run to resume has {then!r}, and it decides the results"
+            for key, (then, now) in changed_settings(before, flatten(config)).items()
         ]
         if problems:
             raise ConfigError(problems)
@@ -195,3 +193,10 @@ def _replace(path: Path, blob: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(blob)
     os.replace(temporary, path)
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that decide the results and differ, with both values; one that `before` did not know had its default."""
+    defaults = flatten(RunConfig())
+    pairs = {key: (before.get(key, defaults.get(key)), now.get(key)) for key in sorted(now.keys() | before.keys())}
+    return {key: pair for key, pair in pairs.items() if key not in MAY_CHANGE_ON_RESUME and pair[0] != pair[1]}

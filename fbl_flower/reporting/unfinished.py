@@ -12,16 +12,12 @@ from pathlib import Path
 
 from fbl_flower.config import RunConfig, flatten
 from fbl_flower.errors import StateError
-from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
+from fbl_flower.reporting.rundir import Checkpoint, RunDirectory, changed_settings
 
 if sys.platform != "win32":
     import fcntl
 
 AUTO = "auto"
-# Decide neither what a run computes nor how long it is.
-_BESIDE_THE_POINT = {
-    "resume", "output-dir", "checkpoint-every", "timeout", "pictures", "prepare.timeout", "prepare.quorum",
-}  # fmt: skip
 _PATIENCE = 60.0  # seconds that the server process of a killed SuperLink may take to end
 
 
@@ -92,7 +88,7 @@ def open_run(config: RunConfig, *, patience: float = _PATIENCE) -> tuple[RunDire
 
 def _newest_unfinished(config: RunConfig) -> Path | None:
     """Return the newest run below `output-dir` that has a checkpoint, these settings, and no final result."""
-    wanted = {key: value for key, value in flatten(config).items() if key not in _BESIDE_THE_POINT}
+    wanted = flatten(config)
     folders = Path(config.output_dir).expanduser().resolve().glob("*/checkpoint.safetensors")
     for folder in sorted((path.parent for path in folders), reverse=True):  # names begin with the time of the start
         try:
@@ -101,6 +97,7 @@ def _newest_unfinished(config: RunConfig) -> Path | None:
             completed = summary.exists() and json.loads(summary.read_text())["status"] == "completed"
         except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, KeyError):
             continue  # no run of ours
-        if not completed and {key: value for key, value in settings.items() if key not in _BESIDE_THE_POINT} == wanted:
+        as_long = settings.get("num-server-rounds") == config.num_server_rounds
+        if not completed and as_long and not changed_settings(settings, wanted):
             return folder
     return None
