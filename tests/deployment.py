@@ -6,8 +6,6 @@ Every node has a home of its own, by which its processes are found: to kill them
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
 import json
 import os
 import signal
@@ -21,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from conftest import free_port
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from fbl_flower.commands.deploy.certificates import make_certificates
+from fbl_flower.commands.deploy.files import Folder
+from fbl_flower.commands.deploy.keys import make_keys
 from fbl_flower.config import to_toml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +49,8 @@ class Deployment:
         self.http_port, self.fleet_port = free_port(), free_port()
         self._fleet_host = "0.0.0.0" if addresses else LOOPBACK
         self.home("server").mkdir(parents=True)
-        write_certificates(folder, [LOOPBACK, *addresses])
+        self._files = Folder(path=folder)
+        make_certificates(self._files, [LOOPBACK, *addresses], days=1)
         self._supervisors: list[threading.Thread] = []
         self._ending = threading.Event()
 
@@ -62,7 +60,7 @@ class Deployment:
         operator.mkdir(exist_ok=True)
         (operator / "config.toml").write_text(
             f'[superlink]\ndefault = "edge"\n[superlink.edge]\naddress = "{LOOPBACK}:{self.http_port}"\n'
-            f'root-certificates = "{self.folder / "ca.crt"}"\n'
+            f'root-certificates = "{self._files.ca}"\n'
         )
         return self
 
@@ -90,8 +88,8 @@ class Deployment:
         self._start(
             "server",
             [
-                "flower-superlink", "--ssl-ca-certfile", str(self.folder / "ca.crt"), "--ssl-certfile", str(self.folder / "server.pem"),
-                "--ssl-keyfile", str(self.folder / "server.key"), "--enable-supernode-auth", "--host", LOOPBACK,
+                "flower-superlink", "--ssl-ca-certfile", str(self._files.ca), "--ssl-certfile", str(self._files.server_certificate),
+                "--ssl-keyfile", str(self._files.server_key), "--enable-supernode-auth", "--host", LOOPBACK,
                 "--port", str(self.http_port), "--fleet-api-address", f"{self._fleet_host}:{self.fleet_port}",
                 "--database", str(self.folder / "state.db"), "--disable-runtime-dependency-installation",
             ],
@@ -109,14 +107,14 @@ class Deployment:
         """
         name = f"node-{node}"
         self.home(name).mkdir(parents=True, exist_ok=True)
-        key = write_node_key(self.folder / f"key-{node}")
-        done = self.flwr("supernode", "register", f"{key}.pub", "edge", "--name", name, "--format", "json")
+        make_keys(self._files, [name])
+        done = self.flwr("supernode", "register", str(self._files.public_key(name)), "edge", "--name", name, "--format", "json")
         assert json.loads(done[done.index("{") :])["success"], done
         settings = {"partition-id": node, "num-partitions": self.num_nodes, "name": f"site-{node}"}
         settings |= {"state-dir": str(self.state_dir(node))} | {k.replace("_", "-"): v for k, v in node_config.items()}
         command = [
-            *within, "flower-supernode", "--superlink", f"{at}:{self.fleet_port}", "--root-certificates", str(self.folder / "ca.crt"),
-            "--auth-supernode-private-key", str(key), "--host", LOOPBACK, "--port", str(free_port()),
+            *within, "flower-supernode", "--superlink", f"{at}:{self.fleet_port}", "--root-certificates", str(self._files.ca),
+            "--auth-supernode-private-key", str(self._files.key(name)), "--host", LOOPBACK, "--port", str(free_port()),
             "--node-config", to_toml(settings).replace(" = ", "=").replace("\n", " "),
         ]  # fmt: skip
 
@@ -229,43 +227,6 @@ def wait_for(look: Callable[[], Any], seconds: float, what: str, explain: Callab
     return found
 
 
-def write_certificates(folder: Path, addresses: Sequence[str]) -> None:
-    """Write ca.crt, server.pem and server.key for a server at these addresses, good for a day."""
-    ca_key, key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test CA")])
-    usage = dict.fromkeys(
-        ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only",
-         "decipher_only"), False
-    )  # fmt: skip
-    ca = (
-        _certificate(ca_name, ca_name, ca_key)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(x509.KeyUsage(**usage, key_cert_sign=True, crl_sign=True), critical=True)
-        .sign(ca_key, hashes.SHA256())
-    )
-    names: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
-    server = (
-        _certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test server")]), ca_name, key)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost"), *names]), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    (folder / "ca.crt").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.pem").write_bytes(server.public_bytes(serialization.Encoding.PEM))
-    plain = serialization.NoEncryption()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    (folder / "server.key").write_bytes(pem)
-
-
-def write_node_key(path: Path) -> Path:
-    """Write a node's key pair in OpenSSH's format, `path` and `path`.pub, and return `path`."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    plain = serialization.NoEncryption()
-    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, plain))
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    Path(f"{path}.pub").write_bytes(public + b"\n")
-    return path
-
-
 @contextlib.contextmanager
 def cuttable_network(name: str, *, here: str, there: str) -> Iterator[Callable[[bool], None]]:
     """Make a network namespace that is joined to this one by a cable; give the function that plugs it (True) or cuts it (False).
@@ -294,19 +255,6 @@ def cuttable_network(name: str, *, here: str, there: str) -> Iterator[Callable[[
 
 def _run(command: str) -> None:
     subprocess.run(command.split(), check=True, capture_output=True)
-
-
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-    )
 
 
 def _listens(port: int) -> bool:

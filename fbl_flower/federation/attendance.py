@@ -71,7 +71,7 @@ class Attendance:
         return {client: AWAY for client, node in self.roster.node_of.items() if node not in self._connected}
 
     def prepared(self, clients: Iterable[int], failures: Mapping[int, str]) -> None:
-        """Note which clients are prepared and why others are not, write the table, and log it if it is the first."""
+        """Note which clients are prepared and why others are not, and write the table if that has changed."""
         before = dict(self._unprepared)
         for client in clients:
             self._unprepared.pop(client, None)

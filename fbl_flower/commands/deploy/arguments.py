@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fbl_flower.config.methods import CAPABILITIES
 from fbl_flower.errors import ConfigError, RunFailed
 
 _FOLDER = Path("~/.fbl/federation")
@@ -57,7 +58,7 @@ def add_deploy(commands: Any) -> None:
     )
     node.add_argument(
         "--capability",
-        choices=("full", "rich", "none"),
+        choices=CAPABILITIES,
         help="full: balances; rich: discards nothing, fills every class to its largest; none: cannot generate (default: full)",
     )
     node.add_argument(
