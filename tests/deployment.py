@@ -166,9 +166,10 @@ class Deployment:
         return found
 
     def kill(self, name: str) -> None:
-        """Kill all processes of a node or the server and wait until they are gone."""
-        assert self.send(signal.SIGKILL, name), f"nothing of {name} to kill"
-        wait_for(lambda: not self.processes(name), 30.0, f"the end of {name}")
+        """Kill all processes of a node or the server and wait until they are gone, and with them what they listened on."""
+        killed = self.send(signal.SIGKILL, name)
+        assert killed, f"nothing of {name} to kill"
+        wait_for(lambda: not self.processes(name) and not any(map(_holds_files, killed)), 30.0, f"the end of {name}")
 
     def log(self) -> str:
         """Return what all processes said."""
@@ -261,6 +262,15 @@ def _listens(port: int) -> bool:
     with socket.socket() as client:
         client.settimeout(1.0)
         return client.connect_ex((LOOPBACK, port)) == 0
+
+
+def _holds_files(process: int) -> bool:
+    """Whether a process is not dead yet: one that dies loses its environment first and its sockets a good while later."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def _send(process: int, number: signal.Signals) -> None:

@@ -70,8 +70,8 @@ def test_clients_that_are_killed_are_left_out_and_come_back(tmp_path: Path, depl
     wait_for(lambda: deployment.processes("node-1", "flwr-clientapp"), LONG, "node 1 to train", deployment.log)
     complete, rounds_before = files_of(caches[1]), alignment_rounds(deployment.state_dir(1))
     assert deployment.send(signal.SIGKILL, "node-1")
-    lost = watch.wait_for_row(lambda row: "1" in row["left_out"], LONG, "node 1 to be left out")["round"]
-    watch.wait_for_row(lambda row: row["round"] > lost and 1 in row["clients"], LONG, "node 1 to return")
+    lost = watch.wait_for_row(lambda row: "1" in row["left_out"], LONG, "node 1 to be left out")
+    watch.wait_for_row(lambda row: row["round"] > lost["round"] and 1 in row["clients"], LONG, "node 1 to return")
     summary = watch.wait_for_end(2 * LONG)
 
     assert summary["status"] == "completed" and summary["rounds"] == 6
@@ -85,7 +85,10 @@ def test_clients_that_are_killed_are_left_out_and_come_back(tmp_path: Path, depl
     table = json.loads((watch.run_dir / "nodes.json").read_text())
     assert [row["name"] for row in table["nodes"]] == ["site-0", "site-1", "site-2"]
     assert all(row["not_prepared"] == {} for row in table["nodes"])
-    assert ("site-1", "not connected") in {(event["name"], event["event"]) for event in table["events"]}
+    # Started again within seconds, it may have been back before the server asked Flower who is connected.
+    assert lost["left_out"]["1"] in (
+        "no answer within 150 s", "its node is not connected", "its process ended without an answer",
+    )  # fmt: skip
 
 
 def test_a_client_that_is_too_slow_is_left_out_and_back_in_a_later_round(tmp_path: Path, deployment: Deployment) -> None:
