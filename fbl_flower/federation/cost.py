@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flwr.app import RecordDict
+from flwr.app import Array, RecordDict
 
 _NUMBER = 8  # bytes of a number in a message
 
@@ -33,16 +33,12 @@ def payload_bytes(content: RecordDict) -> int:
 
     What Flower and gRPC add (addresses, hashes, frames; TLS) is not in it, so the number is the same on every engine and machine.
     """
-    total = 0
-    for arrays in content.array_records.values():
-        total += sum(len(name.encode()) + len(array.data) for name, array in arrays.items())
-    for records in (content.metric_records, content.config_records):
-        for record in records.values():
-            total += sum(len(name.encode()) + _value_bytes(value) for name, value in record.items())
-    return total
+    return sum(len(name.encode()) + _value_bytes(value) for record in content.values() for name, value in record.items())
 
 
 def _value_bytes(value: object) -> int:
+    if isinstance(value, Array):
+        return len(value.data)
     if isinstance(value, str):
         return len(value.encode())
     if isinstance(value, bytes):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -102,14 +103,14 @@ class Request:
 
     @classmethod
     def from_record(cls, content: RecordDict) -> Request:
-        numbers = content.config_records["request"]
+        numbers = cast(ConfigRecord, content["request"])
         return cls(
             run=str(numbers["run"]),
             client=int(str(numbers["client"])),
             server_round=int(str(numbers["server-round"])),
             checkpoint_round=int(str(numbers["checkpoint-round"])),
             last_round=int(str(numbers["last-round"])),
-            arrays=named_arrays(content.array_records["arrays"]),
+            arrays=named_arrays(cast(ArrayRecord, content["arrays"])),
             embeddings=_embeddings(content),
             extras=_extras(content),
         )
@@ -153,9 +154,9 @@ class Reply:
 
     @classmethod
     def from_record(cls, content: RecordDict) -> Reply:
-        metrics = content.metric_records["metrics"]
+        metrics = cast(MetricRecord, content["metrics"])
         return cls(
-            arrays=named_arrays(content.array_records["arrays"]),
+            arrays=named_arrays(cast(ArrayRecord, content["arrays"])),
             num_examples=int(str(metrics["num-examples"])),
             num_real=int(str(metrics["num-real"])),
             loss=float(str(metrics["train-loss"])),
@@ -168,11 +169,11 @@ class Reply:
 
 def array_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     """Pack named arrays, in the format of Flower's own `Array(ndarray)`: what `numpy.save` writes."""
-    packed = {}
+    record = ArrayRecord()  # filled one by one: from a dict, it copies every Array
     for name, array in arrays.items():
         data = _npy_header(array.dtype, array.shape) + array.tobytes()
-        packed[name] = Array(dtype=str(array.dtype), shape=array.shape, stype=SType.NUMPY, data=data)
-    return ArrayRecord(packed)
+        record[name] = Array(dtype=str(array.dtype), shape=array.shape, stype=SType.NUMPY, data=data)
+    return record
 
 
 @functools.lru_cache(maxsize=1024)
@@ -216,7 +217,7 @@ def code_fingerprint() -> str:
 
 
 def _embeddings(content: RecordDict) -> np.ndarray | None:
-    return named_arrays(content.array_records["embeddings"])["P"] if "embeddings" in content else None
+    return named_arrays(cast(ArrayRecord, content["embeddings"]))["P"] if "embeddings" in content else None
 
 
 def _packed(extras: Mapping[str, Arrays]) -> dict[str, ArrayRecord]:
@@ -226,6 +227,6 @@ def _packed(extras: Mapping[str, Arrays]) -> dict[str, ArrayRecord]:
 def _extras(content: RecordDict) -> dict[str, Arrays]:
     return {
         name.removeprefix(_EXTRA): named_arrays(record)
-        for name, record in content.array_records.items()
-        if name.startswith(_EXTRA)
+        for name, record in content.items()
+        if name.startswith(_EXTRA) and isinstance(record, ArrayRecord)
     }
