@@ -108,7 +108,9 @@ def bare(config: RunConfig) -> Callable[[], None]:
     )
 
     def run() -> None:
-        optimizer = torch.optim.SGD(model.parameters(), lr=config.train.learning_rate, momentum=config.train.momentum)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=config.train.learning_rate, momentum=config.train.momentum, fused=True
+        )
         for _ in range(config.train.epochs):
             for x, y in batches:
                 with autocast(config.train.precision, device):

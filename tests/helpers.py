@@ -64,7 +64,7 @@ def run_and_kill(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *, i
         patch.setattr(RunDirectory, "append", dies)
         with pytest.raises(KeyboardInterrupt):
             run_local(settings)
-    (killed,) = set(runs.iterdir()) - before
+    (killed,) = set(runs.iterdir()) - before or {Path(settings["resume"])}
     return killed
 
 
@@ -88,6 +88,8 @@ def write_folder(root: Path, classes: dict[str, int], *, first: int = 0) -> Path
 
 class RecordingGrid(Grid):
     """Passes everything on to another grid and remembers every message and reply."""
+
+    is_simulated = True
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid

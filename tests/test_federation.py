@@ -86,7 +86,8 @@ def test_second_run_generates_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         raise AssertionError("an image was generated again")
 
     monkeypatch.setattr(PublicImages, "generate", never)
-    assert run_local(quick(tmp_path)).summary["status"] == "completed"
+    summary = run_local(quick(tmp_path)).summary
+    assert summary["status"] == "completed" and summary["not_prepared"] == {} == summary["left_out"]
 
 
 def test_resumed_run_ends_with_the_metrics_of_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +103,23 @@ def test_resumed_run_ends_with_the_metrics_of_an_unbroken_one(tmp_path: Path, mo
     assert metrics(killed) == metrics(unbroken.run_dir)
     for name, array in load_file(unbroken.run_dir / "model.safetensors").items():
         np.testing.assert_array_equal(array, load_file(killed / "model.safetensors")[name])
+
+
+def test_an_extended_run_that_is_killed_goes_on_to_its_new_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short, long = quick(tmp_path, checkpoint_every=1), quick(tmp_path, checkpoint_every=1, num_server_rounds=6)
+    run_dir = run_local(short).run_dir
+    assert run_and_kill(long | {"resume": str(run_dir)}, monkeypatch, in_round=5) == run_dir
+    with pytest.raises(ConfigError, match="num-server-rounds: got 3; the run to resume has 6, which may only be raised"):
+        run_local(short | {"resume": str(run_dir)})
+    assert run_local(long | {"resume": "auto"}).run_dir == run_dir
+    assert metrics(run_dir) == metrics(run_local(long | {"output-dir": str(tmp_path / "unbroken")}).run_dir)
+
+
+def test_a_deployment_draws_nothing_of_the_clients_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where the server's machine happens to hold the clients' folders, as here."""
+    monkeypatch.setattr(LocalGrid, "is_simulated", False)
+    run_dir = run_local(quick(tmp_path, pictures=True)).run_dir
+    assert {path.name for path in run_dir.glob("*.png")} == {"accuracy.png"} and not (run_dir / "alignment.json").exists()
 
 
 def test_a_client_whose_memory_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,16 +268,26 @@ def test_averaged_embeddings_go_round(tmp_path: Path) -> None:
 def test_wire_round_trip_keeps_names_dtypes_and_numbers() -> None:
     arrays = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(7, dtype=np.int64)}
     request = Request(
-        run="r", client=3, server_round=4, checkpoint_round=2, arrays=arrays, embeddings=np.ones((2, 2), np.float32)
-    )
+        run="r", client=3, server_round=4, checkpoint_round=2, last_round=1, arrays=arrays,
+        embeddings=np.ones((2, 2), np.float32), extras={"fedgen": {"w": arrays["w"] + 1}},
+    )  # fmt: skip
     back = Request.from_record(request.to_record())
-    assert (back.run, back.client, back.server_round, back.checkpoint_round) == ("r", 3, 4, 2)
+    assert (back.run, back.client, back.server_round, back.checkpoint_round, back.last_round) == ("r", 3, 4, 2, 1)
+    np.testing.assert_array_equal(back.extras["fedgen"]["w"], arrays["w"] + 1)
     for name in arrays:
         np.testing.assert_array_equal(back.arrays[name], arrays[name])
         assert back.arrays[name].dtype == arrays[name].dtype
     np.testing.assert_array_equal(back.embeddings, np.ones((2, 2)))
-    reply = Reply(arrays=arrays, num_examples=5, num_real=4, loss=0.25, seconds=1.5)
-    assert Reply.from_record(reply.to_record()).loss == 0.25
+    vectors, extras = np.full((2, 2), 3, np.float32), {"scaffold": {"c": np.arange(3, dtype=np.float32)}}
+    reply = Reply(
+        arrays=arrays, num_examples=5, num_real=4, loss=0.25, seconds=1.5, forgot=True, embeddings=vectors, extras=extras
+    )
+    answer = Reply.from_record(reply.to_record())
+    assert (answer.num_examples, answer.num_real, answer.loss, answer.seconds, answer.forgot) == (5, 4, 0.25, 1.5, True)
+    np.testing.assert_array_equal(answer.arrays["w"], arrays["w"])
+    np.testing.assert_array_equal(answer.embeddings, vectors)
+    assert answer.extras.keys() == {"scaffold"}
+    np.testing.assert_array_equal(answer.extras["scaffold"]["c"], extras["scaffold"]["c"])
     assert set(reply.to_record().metric_records["metrics"]) == {"num-examples", "num-real", "train-loss", "seconds", "forgot"}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -175,15 +174,3 @@ def test_threads_and_processes_write_at_once(tmp_path):
         assert results.get(timeout=60) == [0, 0]
     assert wrong == [0, 0]
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]  # no temporary file is left
-
-
-def test_five_hundred_reads_are_cheap(tmp_path):
-    cache = ImageCache(tmp_path)
-    for seed in range(500):
-        cache.put(A, 0, seed, torch.zeros(1, 28, 28, dtype=torch.uint8))
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        assert generate_cached(Counting(), cache, [0] * 500, list(range(500))).num_generated == 0
-        times.append(time.process_time() - start)
-    assert min(times) < 0.1

@@ -29,6 +29,11 @@ class Answers:
     elapsed: dict[int, float]
 
 
+def is_simulated(grid: Grid) -> bool:
+    """Whether the clients run beside the server, in Flower's simulation or in this process, and not on nodes of their own."""
+    return type(grid).__name__ == "InMemoryGrid" or bool(getattr(grid, "is_simulated", False))  # Flower moves its modules
+
+
 def ask(
     grid: Grid,
     requests: Mapping[int, tuple[int, RecordDict]],

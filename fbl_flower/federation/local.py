@@ -59,6 +59,8 @@ class LocalGrid(Grid):
         workers: Messages that are answered at the same time.
     """
 
+    is_simulated = True
+
     def __init__(self, client_app: ClientApp, *, num_nodes: int, run_config: Mapping[str, Value], workers: int = 1) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         self._client_app = client_app

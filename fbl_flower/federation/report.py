@@ -1,4 +1,4 @@
-"""The pictures of a finished run. Those that show clients' data are for simulation, where it is all on one machine anyway."""
+"""The pictures of a finished run. Those that show clients' data are for simulation, where it is all in one place anyway."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ from fbl_flower.training.round import load_classifier
 _MOST_IMAGES = 500  # real, and as many synthetic ones, behind the alignment picture
 
 
-def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays) -> None:
-    """Draw the accuracy curve and, where the clients' state is on this machine, what balancing did to their data.
+def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays, *, simulated: bool) -> None:
+    """Draw the accuracy curve and, in simulation, what balancing did to the clients' data.
 
     Args:
         run: The finished run.
         config: Its configuration.
         arrays: The final model.
+        simulated: Whether the clients are simulated. In a deployment the server has no business with their data, even where one
+            of their folders happens to be on its machine.
     """
-    accuracy_curve(run.read_rows("metrics.jsonl"), run.path / "accuracy.png")
+    accuracy_curve(run.read_rows("metrics.jsonl"), run.path / "accuracy.png", part=config.data.evaluate_on)
     state_dir = Path(config.state_dir).expanduser()
-    if not state_folder(state_dir, run.identity, 0).parent.is_dir():
+    if not simulated or not state_folder(state_dir, run.identity, 0).parent.is_dir():
         return
     parts = load_parts(config.data)
     names = parts.info.class_names

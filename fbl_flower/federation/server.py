@@ -25,7 +25,7 @@ from fbl_flower.device import pick_device
 from fbl_flower.errors import FBLError, RunFailed
 from fbl_flower.federation.attendance import Attendance
 from fbl_flower.federation.cost import Traffic, payload_bytes
-from fbl_flower.federation.exchange import ask
+from fbl_flower.federation.exchange import ask, is_simulated
 from fbl_flower.federation.method_rounds import announce, packed_state, roles_of, update_of
 from fbl_flower.federation.preflight import preflight
 from fbl_flower.federation.report import write_report
@@ -292,6 +292,7 @@ class _Federation:
             {
                 "status": "completed",
                 "rounds": point.server_round,
+                "evaluated_on": self.config.data.evaluate_on,
                 "final_accuracy": rows[-1]["accuracy"],
                 "final_loss": rows[-1]["loss"],
                 "not_prepared": {str(client): reason for client, reason in unprepared.items()},
@@ -302,7 +303,7 @@ class _Federation:
         )
         try:
             if self.config.pictures:
-                write_report(self.run_dir, self.config, point.arrays)
+                write_report(self.run_dir, self.config, point.arrays, simulated=is_simulated(self.grid))
         except Exception as error:  # the run itself is whole
             log(WARNING, "Not every picture could be drawn: %s", error)
         scored = len(scored_part(self.config.data, self.parts))

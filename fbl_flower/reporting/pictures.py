@@ -22,13 +22,14 @@ REAL, SYNTHETIC, ALIGNED = "#1f4e79", "#d9822b", "#2e8b57"
 _GRID = {"color": "0.88", "linewidth": 0.8}
 
 
-def accuracy_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw test accuracy and test loss against the round; the title states the final accuracy.
+def accuracy_curve(metrics: Sequence[Mapping[str, Any]], path: Path, *, part: str = "test") -> None:
+    """Draw accuracy and loss against the round; the title states the final accuracy.
 
     Args:
         metrics: One row for each evaluated round, in order, with `round`, `accuracy` (0 .. 1) and `loss`; round 0 is the
             initial model. Other keys are not read.
         path: The PNG to write.
+        part: What the global model was evaluated on: "test" or "validation".
     """
     if not metrics:
         raise ValueError("metrics: got no rows; wanted at least one evaluated round")
@@ -37,15 +38,22 @@ def accuracy_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = new_figure(7.0, 5.0)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
     top.plot(
-        rounds, percent, color=REAL, marker="o", markersize=4 if len(rounds) <= 60 else 0, label="global model, whole test set"
+        rounds,
+        percent,
+        color=REAL,
+        marker="o",
+        markersize=4 if len(rounds) <= 60 else 0,
+        label=f"global model, whole {part} set",
     )
     top.set(
-        ylabel="test accuracy (%)", ylim=(0, 102), title=f"Final test accuracy {percent[-1]:.1f} % after round {rounds[-1]}"
+        ylabel=f"{part} accuracy (%)",
+        ylim=(0, 102),
+        title=f"Final {part} accuracy {percent[-1]:.1f} % after round {rounds[-1]}",
     )
     top.axhline(percent[-1], color=REAL, linewidth=0.8, linestyle=":", label=f"final: {percent[-1]:.1f} %")
     top.legend(loc="lower right", frameon=False)
     bottom.plot(rounds, [float(row["loss"]) for row in metrics], color=SYNTHETIC, label="cross-entropy")
-    bottom.set(ylabel="test loss (nats)", xlabel="round (0: initial model)")
+    bottom.set(ylabel=f"{part} loss (nats)", xlabel="round (0: initial model)")
     bottom.legend(loc="upper right", frameon=False)
     bottom.xaxis.get_major_locator().set_params(integer=True)
     for axes in (top, bottom):

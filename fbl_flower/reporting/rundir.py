@@ -97,6 +97,8 @@ class RunDirectory:
     def reopen(cls, config: RunConfig) -> tuple[RunDirectory, Checkpoint]:
         """Open the folder of `config.resume` to go on from its checkpoint; later lines of metrics and timings are cut off.
 
+        Its config.toml gets what may change: the run that is killed again goes on to the new number of rounds.
+
         Raises:
             ConfigError: A setting that decides the results differs from the first part's.
             StateError: There is no folder, no checkpoint, or it is damaged.
@@ -112,9 +114,15 @@ class RunDirectory:
             f"{key}: got {now!r}; the run to resume has {then!r}, and it decides the results"
             for key, (then, now) in changed_settings(before, flatten(config)).items()
         ]
+        rounds = int(before.get("num-server-rounds", 0))
+        if config.num_server_rounds < rounds:
+            problems.append(
+                f"num-server-rounds: got {config.num_server_rounds}; the run to resume has {rounds}, which may only be raised"
+            )
         if problems:
             raise ConfigError(problems)
         checkpoint = run._read_checkpoint()
+        _replace(run.path / "config.toml", to_toml(flatten(config) | {"resume": ""}).encode())
         for name in ("metrics.jsonl", "timings.jsonl"):
             run._cut(name, checkpoint.server_round)
         return run, checkpoint
