@@ -195,6 +195,23 @@ def test_a_client_that_is_not_finite_is_left_out_and_named(tmp_path: Path) -> No
     assert set(json.loads((run_dir / "summary.json").read_text())["left_out"]) == {"1", "2", "3"}
 
 
+def test_an_answer_that_cannot_be_used_costs_the_client_its_round_and_nobody_else(tmp_path: Path) -> None:
+    def train(message: Message, context: Context) -> Message:
+        request = Request.from_record(message.content)
+        arrays = {name: np.ones_like(a) for name, a in request.arrays.items()}
+        if request.client == 1:
+            arrays["head.bias"] = arrays["head.bias"][:-1]
+        content = Reply(arrays=arrays, num_examples=3, num_real=3, loss=0.1, seconds=0.0).to_record()
+        if request.client == 3:
+            del content["metrics"]
+        return Message(content, reply_to=message)
+
+    run_dir = _federate(tmp_path, _app(train))
+    row = json.loads(metrics(run_dir).splitlines()[-1])
+    assert row["clients"] == [0, 2]
+    assert row["left_out"] == {"1": "its model has other arrays than the global one", "3": "its answer cannot be read"}
+
+
 def test_a_round_without_success_fails_the_run_with_the_reasons(tmp_path: Path) -> None:
     def train(message: Message, context: Context) -> Message:
         raise MemoryError(f"node {context.node_id}")

@@ -46,6 +46,22 @@ def only_run(tmp_path: Path) -> Path:
     return run_dir
 
 
+def test_the_first_command_of_the_readme(flower_environment: dict[str, str]) -> None:
+    """Without its set-up: this environment has the package already."""
+    block = (ROOT / "README.md").read_text().split("## Quick start")[1].split("```bash\n")[1].split("```")[0]
+    set_up, command = block.strip().rsplit(" && ", 1)
+    assert set_up == "python3 -m venv .venv && . .venv/bin/activate && pip install ."
+    environment = with_programs(flower_environment, Path(sys.executable).parent)
+    del environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"]  # the command says it
+    done = run(["bash", "-c", command], environment, ROOT)
+    (run_dir,) = (Path(environment["HOME"]) / ".fbl" / "runs").iterdir()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "completed" and summary["left_out"] == {} == summary["not_prepared"], done.stdout
+    assert f"Run directory: {run_dir}" in done.stdout and f"Round {summary['rounds']}/{summary['rounds']}" in done.stdout
+    assert summary["final_accuracy"] > 0.5  # it has learned something, in few rounds
+    assert {"accuracy.png", "gallery.png", "class_counts.png", "model.safetensors"} <= {path.name for path in run_dir.iterdir()}
+
+
 def test_plain_flwr_run_on_two_nodes_equals_the_engine_in_this_process(
     tmp_path: Path, flower_environment: dict[str, str]
 ) -> None:

@@ -30,7 +30,9 @@ class DataConfig:
         "what differs between clients: the mixture of classes, nothing, which classes they have, or their size",
         choices=("dirichlet", "iid", "classes", "quantity"),
     )
-    alpha: float = option(0.1, "concentration of the partitions dirichlet and quantity: smaller is more skewed", above=0.0)
+    alpha: float = option(
+        0.1, "concentration of the partitions dirichlet and quantity: smaller is more skewed", above=0.0, high=1e6
+    )
     classes_per_client: int = option(2, "classes of each client, in the partition classes", low=1)
     noise: float = option(0.0, "standard deviation of Gaussian noise on private images, whose pixels are 0 .. 1", low=0.0)
     wrong_labels: float = option(0.0, "share of private images that get the label of another class", low=0.0, high=1.0)

@@ -196,17 +196,11 @@ class _Federation:
         )
         replies: dict[int, Reply] = {}
         for client, content in answers.contents.items():
-            reply = Reply.from_record(content)
-            vectors = {} if reply.embeddings is None else {"P": reply.embeddings}
-            reply = replace(reply, arrays=restore(reply.arrays, point.arrays, precision=self.config.transport.precision))
-            update = update_of(reply, self.roles[client])
-            sent = (reply.arrays, vectors, update.extra)
-            if not (all(map(all_finite, sent)) and math.isfinite(reply.loss)):
-                failures[client] = "its model or its loss is not finite"
-            elif lacks_arrays(update, point.method_state):
-                failures[client] = f"it did not send the arrays of its method, {update.method}"
-            else:
-                replies[client] = reply
+            reply = self._read(content, client, point)
+            if isinstance(reply, str):
+                failures[client] = reply
+                continue
+            replies[client] = reply
             if reply.forgot:
                 log(
                     WARNING, "Round %d: client %d finds nothing of this run on its disk and starts afresh", server_round, client
@@ -219,6 +213,23 @@ class _Federation:
         self.last_round |= dict.fromkeys(replies, server_round)
         seconds = time.perf_counter() - started
         return _Round(replies=replies, failures=dict(sorted(failures.items())), traffic=traffic, seconds=seconds)
+
+    def _read(self, content: RecordDict, client: int, point: Checkpoint) -> Reply | str:
+        """Return a client's answer, its model restored, or why it cannot be used."""
+        try:
+            reply = Reply.from_record(content)
+        except (KeyError, TypeError, ValueError):
+            return "its answer cannot be read"
+        if {name: a.shape for name, a in reply.arrays.items()} != {name: a.shape for name, a in point.arrays.items()}:
+            return "its model has other arrays than the global one"
+        vectors = {} if reply.embeddings is None else {"P": reply.embeddings}
+        reply = replace(reply, arrays=restore(reply.arrays, point.arrays, precision=self.config.transport.precision))
+        update = update_of(reply, self.roles[client])
+        if not (all(map(all_finite, (reply.arrays, vectors, update.extra))) and math.isfinite(reply.loss)):
+            return "its model or its loss is not finite"
+        if lacks_arrays(update, point.method_state):
+            return f"it did not send the arrays of its method, {update.method}"
+        return reply
 
     def _aggregate(self, result: _Round, point: Checkpoint, server_round: int) -> Checkpoint:
         """FedAvg: the mean of the clients' models, weighted by number of images. Clients without images weigh nothing."""
