@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import re
 import shlex
 import shutil
+import socket
 import ssl
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from flwr.cli.app import app as flwr_app
 from flwr.common.config import parse_config_args
 from flwr.supercore.primitives.asymmetric import uses_nist_ec_curve
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
+from flwr.superlink.grid import HttpGrid, InMemoryGrid
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
 from fbl_flower import cli
@@ -34,6 +38,7 @@ from fbl_flower.commands.deploy.files import Folder, write_whole
 from fbl_flower.commands.deploy.keys import make_keys
 from fbl_flower.commands.overrides import chosen_config
 from fbl_flower.errors import ConfigError, RunFailed
+from fbl_flower.federation import server
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "deployment.md"
@@ -297,10 +302,12 @@ def test_the_server_s_line_is_one_that_flower_takes(whole: Folder, capsys: pytes
 
 
 def test_the_node_s_line_is_one_that_flower_takes(whole: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images = tmp_path / "my photos"
+    images, generator = tmp_path / "my photos", tmp_path / "generator"
     images.mkdir()
+    generator.mkdir()
     arguments = ["--server", "[2001:db8::1]:19092", "--partition-id", "2", "--num-partitions", "3", "--port", "9096"]
     arguments += ["--data-path", str(images), "--capability", "none", "--set", 'site="the barn" big=true', "--set", "share=0.5"]
+    arguments += ["--generator", str(generator)]
     assert cli.main(["deploy", "node", "site-0", "--dir", str(whole.path), "--dry-run", *arguments]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     options = flower_parses(line.removeprefix("$ "))
@@ -309,22 +316,35 @@ def test_the_node_s_line_is_one_that_flower_takes(whole: Folder, tmp_path: Path,
     assert (options.host, options.port) == ("127.0.0.1", 9096)
     assert parse_config_args([options.node_config]) == {
         "partition-id": 2, "num-partitions": 3, "name": "site-0", "data-path": str(images), "capability": "none",
-        "site": "the barn", "big": True, "share": 0.5,
+        "generator-path": str(generator), "site": "the barn", "big": True, "share": 0.5,
     }  # fmt: skip
 
 
 def test_a_node_that_cannot_start_says_everything_that_is_wrong(whole: Folder, tmp_path: Path) -> None:
     whole.key("site-0").chmod(0o640)
-    arguments = ["--server", "x", "--partition-id", "3", "--num-partitions", "3", "--data-path", str(tmp_path / "none")]
+    arguments = ["--server", "x", "--partition-id", "3", "--num-partitions", "3"]
     text = problems(
         "node", "site-0", "--dir", str(whole.path), "--ca", str(tmp_path / "no.crt"), *arguments, "--set", 'a="it\'s"'
     )
-    for part in ("no.crt: no such file", "others have access (mode 640", "--data-path: no folder", "got 3 of 3", "without '"):
+    for part in ("no.crt: no such file", "others have access (mode 640", "got 3 of 3", "without '"):
         assert part in text
     text = problems("node", "nobody", "--dir", str(whole.path), "--server", "x", "--partition-id", "0", "--num-partitions", "1")
     assert "`fbl-flower deploy keys nobody` makes it" in text
     twice = ["--set", "partition-id=1 capability='full'", "--server", "x", "--partition-id", "0", "--num-partitions", "1"]
     assert "2 problems" in problems("node", "site-0", "--dir", str(whole.path), *twice)
+
+
+def test_a_node_whose_folders_are_not_there_yet_starts_with_a_warning(
+    whole: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A supervisor would start one that refuses again and again, and the server would only see that it is not connected."""
+    arguments = ["--dir", str(whole.path), "--server", "x", "--partition-id", "0", "--num-partitions", "1"]
+    arguments += ["--data-path", str(tmp_path / "photos"), "--generator", str(tmp_path / "generator")]
+    assert cli.main(["deploy", "node", "site-0", *arguments, "--dry-run"]) == 0
+    first, second, line = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"warning: data-path: no folder {tmp_path}/photos; ")
+    assert second.startswith(f"warning: generator-path: no folder {tmp_path}/generator; ")
+    assert parse_config_args([flower_parses(line.removeprefix("$ ")).node_config])["data-path"] == str(tmp_path / "photos")
 
 
 def test_a_server_without_certificates_says_how_to_get_them(folder: Folder) -> None:
@@ -362,6 +382,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, *replies: dict[str, Any]) -> list[s
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(operator, "server_problem", lambda *_: "")
+    monkeypatch.setattr(operator, "shown_certificate_state", lambda *_: "")
     return asked
 
 
@@ -414,6 +435,48 @@ def test_watching_shows_names_states_and_active_runs(
         flower_parses(line)
 
 
+@contextlib.contextmanager
+def tls_server(folder: Folder) -> Iterator[str]:
+    """Serve handshakes with the folder's certificate at the address that is yielded."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder.server_certificate, folder.server_key)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    plain, _ = listening.accept()
+                    with contextlib.suppress(OSError), context.wrap_socket(plain, server_side=True) as wire:
+                        wire.recv(1)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_running_server_whose_certificate_ends_soon_is_warned_of(
+    whole: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the certificate that it shows: after `--renew` that is still the old one, until the server starts again."""
+    with tls_server(whole) as address:
+        assert operator.shown_certificate_state(address, whole.ca) == ""
+    certificates.renew_server_certificate(whole, [], days=29)
+    with tls_server(whole) as address:
+        certificates.renew_server_certificate(whole, [], days=90)
+        warning = operator.shown_certificate_state(address, whole.ca)
+        assert re.fullmatch(r"the server's certificate: ends on [0-9-]+; .*--renew`, then restart the server", warning)
+        link = operator.connect(whole, address=address, ca=None)
+        with monkeypatch.context() as patched:
+            patched.setattr(operator, "_ask", lambda *_: {"success": True, "nodes": []})
+            patched.setattr(operator, "run_status", lambda home: [])
+            operator.watch(link, every=None)
+        assert f"warning: {warning}" in capsys.readouterr().out.splitlines()
+        monkeypatch.setattr(operator, "server_problem", lambda *_: "")
+        assert cli.main(["deploy", "health", "server", "--dir", str(whole.path), "--address", address]) == 0
+        assert f"warning: {warning}" in capsys.readouterr().out.splitlines()
+    assert operator.shown_certificate_state("127.0.0.1:1", whole.ca) == ""
+
+
 def test_stopping_stops_what_is_active(
     link: operator.Operator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -460,6 +523,11 @@ def test_a_server_that_is_not_there_is_told_of(whole: Folder, capsys: pytest.Cap
     assert capsys.readouterr().err.count("Connection refused") == 3
 
 
+def test_flower_s_grid_of_a_deployment_has_the_name_that_the_server_looks_for() -> None:
+    """By it the server knows that the generator may be on the nodes only."""
+    assert server._is_deployment(object.__new__(HttpGrid)) and not server._is_deployment(object.__new__(InMemoryGrid))
+
+
 # --- the guide, the units, the containers
 
 
@@ -488,7 +556,10 @@ def test_every_line_of_the_guide_is_one_that_we_take() -> None:
 def test_every_plain_line_of_the_guide_is_one_that_flower_takes() -> None:
     section = GUIDE.read_text(encoding="utf-8").split("## With Flower's own commands")[1]
     lines = [line for line in section.splitlines() if line.startswith(("flower-", "flwr "))]
-    assert len(lines) == 5
+    assert {tuple(line.split()[:2]) for line in lines if line.startswith("flwr ")} == {
+        ("flwr", "supernode"), ("flwr", "run"), ("flwr", "ls"), ("flwr", "log"), ("flwr", "stop"),
+    }  # fmt: skip
+    assert len(lines) == 8
     for line in lines:
         flower_parses(line)
     table = re.search(r"```toml\n(.*?)```", section, re.DOTALL)
@@ -554,7 +625,7 @@ def test_the_compose_file_is_sound() -> None:
     services, volumes = document["services"], set(document["volumes"])
     used = set()
     for name, service in services.items():
-        assert service["image"] in ("fbl-server:0.1.0", "fbl-client:0.1.0") and service["build"]["target"] in service["image"]
+        assert service["image"] in ("fbl-server:0.1.0", "fbl-client:0.1.0") and service["pull_policy"] == "never"
         assert service["cap_drop"] == ["ALL"] and "ports" not in service and "privileged" not in service
         assert set(service.get("depends_on", {})) <= services.keys()
         conditions = {key: value["condition"] for key, value in service.get("depends_on", {}).items()}
@@ -576,6 +647,48 @@ def test_the_compose_file_is_sound() -> None:
         if service["command"][1] in ("register", "run"):
             assert service["network_mode"] == "service:server" and "server" not in named
     assert used == volumes
+
+
+def test_each_image_is_built_by_one_service() -> None:
+    """Compose builds in parallel, and two builds of one tag can meet: "image already exists"."""
+    built = [(s["image"], s["build"]["target"]) for s in compose()["services"].values() if "build" in s]
+    assert sorted(built) == [("fbl-client:0.1.0", "client"), ("fbl-server:0.1.0", "server")]
+
+
+def test_the_containers_start_one_after_the_other() -> None:
+    """Certificates, keys, registration, clients, run; each waits until what it needs is done or well."""
+    done, well = {"condition": "service_completed_successfully"}, {"condition": "service_healthy"}
+    keys = {f"key-{k}": done for k in range(3)}
+    assert {name: service.get("depends_on", {}) for name, service in compose()["services"].items()} == {
+        "certs": {},
+        **{name: {"certs": done} for name in keys},
+        "server": {"certs": done},
+        "register": {"server": well} | keys,
+        **{f"client-{k}": {"register": done} for k in range(3)},
+        "run": {f"client-{k}": well for k in range(3)},
+    }
+
+
+def test_server_and_clients_have_health_checks_and_nothing_else_has() -> None:
+    checks = {
+        name: service["healthcheck"]["test"] for name, service in compose()["services"].items() if "healthcheck" in service
+    }
+    assert checks == {
+        "server": ["CMD", "fbl-flower", "deploy", "health", "server", "--dir", "/federation"],
+        **{f"client-{k}": ["CMD", "fbl-flower", "deploy", "health", "node"] for k in range(3)},
+    }
+
+
+def test_the_run_s_container_sees_the_results_that_it_may_resume() -> None:
+    """`--resume` reads the settings of the killed run under the path that the server has them."""
+    services = compose()["services"]
+    assert "./results:/results" in services["server"]["volumes"] and "./results:/results:ro" in services["run"]["volumes"]
+
+
+def test_the_images_are_built_with_a_pinned_backend_and_for_no_root() -> None:
+    text = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    assert "--no-build-isolation /src" in text and 'if [ "$FBL_UID" = 0 ]' in text
+    assert re.search(r"^hatchling==", (ROOT / "docker" / "constraints.txt").read_text(), re.MULTILINE)
 
 
 def test_the_images_have_a_user_and_no_secrets() -> None:

@@ -100,7 +100,7 @@ def _scan(arguments: Sequence[str]) -> tuple[dict[str, Value], list[str]]:
 def _resumed(folder: Path, asked: dict[str, Value]) -> dict[str, Value]:
     file = folder.expanduser() / "config.toml"
     if not file.is_file():
-        raise ConfigError([f"--resume: no file {file}; wanted the run directory of an earlier run"])
+        raise ConfigError([f"--resume: no file {file}; wanted the run directory of an earlier run, on this machine"])
     settings = read_toml(file)
     may_change = sorted(MAY_CHANGE_ON_RESUME - {_ROUNDS, "resume"})
     problems = [

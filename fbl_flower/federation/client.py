@@ -145,7 +145,11 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _config(context: Context) -> RunConfig:
-    config = _parsed(tuple(context.run_config.items()))
+    """Return the run's configuration; `generator-path` of the node's own config comes before the run's `generator.path`."""
+    settings = dict(context.run_config)
+    if own := context.node_config.get("generator-path"):
+        settings["generator.path"] = str(own)
+    config = _parsed(tuple(settings.items()))
     if torch.get_num_threads() != config.num_threads:
         torch.set_num_threads(config.num_threads)
     return config

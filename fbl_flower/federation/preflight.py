@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from logging import WARNING
+
+from flwr.common.logger import log
+
 from fbl_flower.config import RunConfig
 from fbl_flower.data.corruption import believed_labels
 from fbl_flower.data.datasets import load_parts, scored_part
@@ -12,8 +16,13 @@ from fbl_flower.generation.loading import check_generator
 from fbl_flower.training.roles import drawn_roles
 
 
-def preflight(config: RunConfig) -> None:
+def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
     """Load the data, cut it, and check the generator and the device, without training or generating anything.
+
+    Args:
+        config: The run's.
+        clients_here: The clients share this machine. Where they have their own, each checks its generator itself, and one that is
+            not here is no more than a warning, unless the server is to generate (`warm-start`).
 
     Raises:
         DataError: A file is missing or damaged.
@@ -35,6 +44,9 @@ def preflight(config: RunConfig) -> None:
     somebody_fills = any(role.capability != "none" for role in drawn_roles(config))
     needed = (config.balancing.enabled and config.balancing.filling and somebody_fills) or config.warm_start.enabled
     generator_problems = check_generator(config, parts) if needed else []
+    if generator_problems and not (clients_here or config.warm_start.enabled):
+        log(WARNING, "Not on this machine, and needed on each node that generates: %s", "; ".join(generator_problems))
+        generator_problems = []
     if problems:
         raise ConfigError(problems + generator_problems)
     if generator_problems:

@@ -129,7 +129,8 @@ def read_info(folder: Path) -> GeneratorInfo:
     """
     if not folder.is_dir():
         raise GeneratorError(
-            f"generator: no folder at {folder}; wanted one with {RECIPE}; train one, or correct generator.path"
+            f"generator: no folder at {folder}; wanted one with {RECIPE}; train one, or correct generator.path "
+            "(on a node with a generator-path of its own: that)"
         )
     file = folder / RECIPE
     if not file.is_file():

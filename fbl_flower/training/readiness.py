@@ -15,7 +15,7 @@ from fbl_flower.config import RunConfig, flatten
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.data.examples import Examples
 from fbl_flower.errors import DataError, GeneratorError
-from fbl_flower.generation.loading import check_generator
+from fbl_flower.generation.loading import check_generator, generator_folder
 
 _BLOCK = 4096  # bytes that a small file takes on most disks
 _HEADER = 64
@@ -98,7 +98,9 @@ class Readiness:
 @functools.lru_cache(maxsize=1)  # an error is not kept; the clients of a simulation share one generator
 def _check_generator_once(config: RunConfig, parts: DataParts) -> None:
     if problems := check_generator(config, parts):
-        raise GeneratorError("\n".join(problems), public="its generator cannot be used")
+        missing = config.generator.path and not generator_folder(config, parts).is_dir()
+        public = "its generator cannot be used" + (": its folder is missing" if missing else "")
+        raise GeneratorError("\n".join(problems), public=public)
 
 
 def fill_bytes(num_images: int, pixels: int) -> int:

@@ -54,6 +54,9 @@ def add_deploy(commands: Any) -> None:
     node.add_argument("--num-partitions", type=int, required=True, metavar="N", help="number of nodes of the federation")
     node.add_argument("--data-path", type=Path, metavar="DIR", help="folder with this node's own images (docs/data.md)")
     node.add_argument(
+        "--generator", type=Path, metavar="DIR", help="this node's generator folder (default: generator.path of the run)"
+    )
+    node.add_argument(
         "--state-dir", type=Path, metavar="DIR", help="for image cache and client state (default: the run's, ~/.fbl)"
     )
     node.add_argument(
@@ -84,7 +87,9 @@ def add_deploy(commands: Any) -> None:
 
     run = _action(actions, "run", _run, "start a run, show its log, tell whether it worked; Ctrl-C stops it")
     run.add_argument("-c", "--config", action="append", default=[], metavar="'KEY=VALUE ...'", help="settings, or a TOML file")
-    run.add_argument("--resume", type=Path, metavar="DIR", help="go on with a killed run: its run directory on the server")
+    run.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with a killed run: its run directory, on the server's machine"
+    )
     run.add_argument("--app", type=Path, metavar="DIR", help="another directory with the Flower app")
     _add_connection(run)
 
@@ -112,7 +117,7 @@ def _certs(options: argparse.Namespace) -> None:
         raise ConfigError(["--renew: not together with --if-missing or --overwrite; it replaces server.crt and nothing else"])
     if options.renew:
         certificates.renew_server_certificate(folder, options.host, days=options.days)
-        print(f"made {folder.server_certificate}; the server reads it at its next start")
+        print(f"made {folder.server_certificate}; restart the server, which reads it at its start")
     elif options.if_missing and folder.certificates.exists():
         print(f"{folder.certificates} is there")
     else:
@@ -161,6 +166,7 @@ def _node(options: argparse.Namespace) -> None:
         "num-partitions": options.num_partitions,
         "name": checked_name(options.name),
         "data-path": _text(options.data_path),
+        "generator-path": _text(options.generator),
         "state-dir": _text(options.state_dir),
         "capability": options.capability,
     }
@@ -215,15 +221,18 @@ def _stop(options: argparse.Namespace) -> None:
 
 def _health(options: argparse.Namespace) -> None:
     from fbl_flower.commands.deploy.files import Folder
-    from fbl_flower.commands.deploy.operator import node_problem, server_problem
+    from fbl_flower.commands.deploy.operator import node_problem, server_problem, shown_certificate_state
 
     if options.what == "node":
         problem = node_problem(options.port)
     else:
-        problem = server_problem(options.address, options.ca or Folder(path=_path(options.dir)).ca)
+        ca = options.ca or Folder(path=_path(options.dir)).ca
+        problem = server_problem(options.address, ca)
     if problem:
         raise RunFailed(f"the {options.what} does not answer: {problem}")
     print(f"the {options.what} answers")
+    if options.what == "server" and (warning := shown_certificate_state(options.address, ca)):
+        print(f"warning: {warning}")
 
 
 def _operator(options: argparse.Namespace) -> Any:

@@ -103,15 +103,20 @@ def certificate_state(path: Path, *, now: datetime.datetime | None = None) -> st
         certificate = _read(path)
     except (OSError, ValueError) as error:
         raise ConfigError([f"{path}: cannot be read as a certificate: {error}"]) from error
+    return validity(certificate, str(path), now=now)
+
+
+def validity(certificate: x509.Certificate, name: str, *, now: datetime.datetime) -> str:
+    """As `certificate_state`, for a certificate that was read; `name` is what messages call it."""
     first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if not first <= now <= last:
         raise ConfigError(
-            [f"{path}: holds from {first:%Y-%m-%d} to {last:%Y-%m-%d}, and this machine's clock says {now:%Y-%m-%d}; "
+            [f"{name}: holds from {first:%Y-%m-%d} to {last:%Y-%m-%d}, and this machine's clock says {now:%Y-%m-%d}; "
              "set the clock, or make a new one with `fbl-flower deploy certs --renew`"]
         )  # fmt: skip
     if last - now > datetime.timedelta(days=_SOON_DAYS):
         return ""
-    return f"{path}: ends on {last:%Y-%m-%d}; `fbl-flower deploy certs --renew` makes a new one, and the server reads it at its next start"
+    return f"{name}: ends on {last:%Y-%m-%d}; make a new one with `fbl-flower deploy certs --renew`, then restart the server"
 
 
 def openssl_lines(hosts: Sequence[str], *, days: int) -> list[str]:

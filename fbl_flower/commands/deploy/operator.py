@@ -5,6 +5,7 @@ Flower finds a server by a connection in FLWR_HOME/config.toml. These commands k
 
 from __future__ import annotations
 
+import datetime
 import json
 import ssl
 import subprocess
@@ -17,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+
 from fbl_flower.commands.app_folder import app_folder
+from fbl_flower.commands.deploy.certificates import validity
 from fbl_flower.commands.deploy.files import Folder, missing, write_whole
 from fbl_flower.commands.deploy.plain import PlainCommand
 from fbl_flower.commands.flower_cli import (
@@ -92,6 +96,17 @@ def server_problem(address: str, ca: Path) -> str:
         return _health(f"https://{address}/health", ssl.create_default_context(cafile=str(ca)))
     except (OSError, ssl.SSLError) as error:
         return f"{ca} is no certificate: {error}"
+
+
+def shown_certificate_state(address: str, ca: Path) -> str:
+    """Return a warning if the certificate that the running server shows ends soon, and "" if not or if it shows none."""
+    host, _, port = address.rpartition(":")
+    try:
+        pem = ssl.get_server_certificate((host.strip("[]"), int(port)), ca_certs=str(ca), timeout=5)
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+        return validity(certificate, "the server's certificate", now=datetime.datetime.now(datetime.UTC))
+    except (OSError, ValueError, ConfigError):  # `server_problem` tells of what keeps the server from answering
+        return ""
 
 
 def node_problem(port: int) -> str:
@@ -174,6 +189,8 @@ def watch(operator: Operator, *, every: float | None) -> None:
         if not answer.get("success"):
             raise RunFailed(f"the server did not list its nodes: {answer.get('error-message', answer)}")
         text = _overview(answer["nodes"], run_status(home=operator.home), _known_names(operator))
+        if warning := shown_certificate_state(operator.address, operator.ca):
+            text += f"\nwarning: {warning}"
         if text != before:
             print(f"{time.strftime('%H:%M:%S')}\n{text}\n", flush=True)
         if every is None:

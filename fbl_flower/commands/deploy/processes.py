@@ -82,9 +82,6 @@ def node_command(
     ca = ca or folder.ca
     problems = missing(ca, "the authority's certificate", "copy certificates/ca.crt from the server, or name it with --ca")
     problems += check_key(folder, node)
-    own_images = settings.get("data-path")
-    if own_images is not None and not Path(str(own_images)).is_dir():
-        problems.append(f"--data-path: no folder {own_images}; wanted the folder with this node's images")
     place, nodes = settings["partition-id"], settings["num-partitions"]
     if not (isinstance(place, int) and isinstance(nodes, int) and 0 <= place < nodes):
         problems.append(
@@ -94,6 +91,13 @@ def node_command(
     text = node_config_text(settings, problems)
     if problems:
         raise ConfigError(problems)
+    for key in ("data-path", "generator-path"):
+        if (
+            key in settings and not Path(str(settings[key])).is_dir()
+        ):  # it may be mounted later; the node checks before it trains
+            print(
+                f"warning: {key}: no folder {settings[key]}; without it the server shows this node as not prepared", flush=True
+            )
     return PlainCommand(
         arguments=[
             "flower-supernode",
