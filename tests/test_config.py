@@ -47,7 +47,7 @@ def test_surface_lists_every_key_once_with_help_and_a_default_that_is_allowed() 
     assert SURFACE["balancing.drop"] == Setting(
         key="balancing.drop", default=0.5, help=SURFACE["balancing.drop"].help, allowed="number >= 0 and <= 1"
     )
-    assert SURFACE["data.alpha"].allowed == "number > 0"
+    assert SURFACE["data.alpha"].allowed == "number > 0 and <= 1e+06"
     assert SURFACE["model.norm"].allowed == "group | batch"
     assert SURFACE["train.augment"].allowed == "true | false"
     assert SURFACE["train.epochs"].allowed == "whole number >= 1"
@@ -95,12 +95,13 @@ def test_a_whole_number_serves_where_a_number_is_wanted() -> None:
         ("num-clients", True, "got True (bool); allowed: whole number >= 1"),
         ("num-clients", 2.0, "got 2.0 (float); allowed: whole number >= 1"),
         ("num-clients", 0, "got 0 (int); allowed: whole number >= 1"),
-        ("data.alpha", "0.1", "got '0.1' (str); allowed: number > 0"),
-        ("data.alpha", True, "got True (bool); allowed: number > 0"),
-        ("data.alpha", 0.0, "got 0.0 (float); allowed: number > 0"),
-        ("data.alpha", 0, "got 0.0 (float); allowed: number > 0"),
-        ("data.alpha", math.nan, "got nan (float); allowed: number > 0"),
-        ("data.alpha", math.inf, "got inf (float); allowed: number > 0"),
+        ("data.alpha", "0.1", "got '0.1' (str); allowed: number > 0 and <= 1e+06"),
+        ("data.alpha", True, "got True (bool); allowed: number > 0 and <= 1e+06"),
+        ("data.alpha", 0.0, "got 0.0 (float); allowed: number > 0 and <= 1e+06"),
+        ("data.alpha", 0, "got 0.0 (float); allowed: number > 0 and <= 1e+06"),
+        ("data.alpha", math.nan, "got nan (float); allowed: number > 0 and <= 1e+06"),
+        ("data.alpha", 1e308, "got 1e+308 (float); allowed: number > 0 and <= 1e+06"),
+        ("data.alpha", math.inf, "got inf (float); allowed: number > 0 and <= 1e+06"),
         ("balancing.drop", 1.1, "got 1.1 (float); allowed: number >= 0 and <= 1"),
         ("balancing.drop", -0.1, "got -0.1 (float); allowed: number >= 0 and <= 1"),
         ("fraction-train", 0.0, "got 0.0 (float); allowed: number > 0 and <= 1"),

@@ -38,7 +38,7 @@ from fbl_flower.commands.deploy.files import Folder, write_whole
 from fbl_flower.commands.deploy.keys import make_keys
 from fbl_flower.commands.overrides import chosen_config
 from fbl_flower.errors import ConfigError, RunFailed
-from fbl_flower.federation import server
+from fbl_flower.federation.exchange import is_simulated
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "deployment.md"
@@ -525,7 +525,7 @@ def test_a_server_that_is_not_there_is_told_of(whole: Folder, capsys: pytest.Cap
 
 def test_flower_s_grid_of_a_deployment_has_the_name_that_the_server_looks_for() -> None:
     """By it the server knows that the generator may be on the nodes only."""
-    assert server._is_deployment(object.__new__(HttpGrid)) and not server._is_deployment(object.__new__(InMemoryGrid))
+    assert is_simulated(object.__new__(InMemoryGrid)) and not is_simulated(object.__new__(HttpGrid))
 
 
 # --- the guide, the units, the containers

@@ -22,8 +22,10 @@ from fbl_flower.generation.training import train_generator
 from fbl_flower.training.readiness import Readiness
 
 
-class HttpGrid(LocalGrid):
-    """Has the name of the grid with which Flower runs a deployment."""
+class DeploymentGrid(LocalGrid):
+    """For the server, nodes of their own."""
+
+    is_simulated = False
 
 
 def settings_of(tmp_path: Path, **overrides: Any) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def test_each_node_fills_from_its_own_folder_and_one_that_lacks_it_is_named(tmp_
     client._client_data.cache_clear()
     settings = settings_of(tmp_path, data__num_private=60, num_clients=3, num_server_rounds=1, fraction_train=1.0)
     parts, fingerprints = load_parts(parse_config(settings).data), set()
-    with HttpGrid(client.app, num_nodes=3, run_config=settings) as grid:
+    with DeploymentGrid(client.app, num_nodes=3, run_config=settings) as grid:
         for node in (1, 2, 3):
             folder = tmp_path / f"generator-{node}"
             grid._contexts[node].node_config["generator-path"] = str(folder)

@@ -70,6 +70,7 @@ def server_log() -> Iterator[list[str]]:
     handler = Collect()
     for name in ("flwr", "fbl_flower.client"):
         logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)
     yield lines
     for name in ("flwr", "fbl_flower.client"):
         logging.getLogger(name).removeHandler(handler)

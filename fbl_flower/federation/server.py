@@ -51,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation that `context.run_config` describes."""
     try:
         config = parse_config(context.run_config)
-        preflight(config, clients_here=not _is_deployment(grid))
+        preflight(config, clients_here=is_simulated(grid))
         torch.set_num_threads(config.num_threads)
         run, start, claim = open_run(config)
     except FBLError as error:
@@ -329,11 +329,6 @@ def choose_clients(config: RunConfig, clients: list[int], server_round: int) -> 
     number = math.ceil(round(config.fraction_train * len(clients), 9))  # 0.28 x 25 is 7, not 7.000000000000001
     rng = numpy_stream(config.seed, "clients", server_round)
     return sorted(rng.choice(np.array(clients), size=number, replace=False).tolist())
-
-
-def _is_deployment(grid: Grid) -> bool:
-    """Say whether nodes are machines of their own: Flower has a kind of grid for those. By name: its import takes seconds."""
-    return type(grid).__name__ == "HttpGrid"
 
 
 def _reasons(failures: dict[int, str]) -> str:
