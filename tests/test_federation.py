@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from fbl_flower.config import parse_config
 from fbl_flower.data.datasets import load_parts
-from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
+from fbl_flower.errors import ConfigError, DataError, FBLError, RunFailed, StateError
 from fbl_flower.federation import client, server
 from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.local import LocalGrid, run_local
@@ -162,6 +162,16 @@ def test_empty_and_one_sample_clients_take_part(tmp_path: Path) -> None:
     sizes = [len(p) for p in partition(load_parts(config.data).private.labels.numpy(), config)]
     assert 0 in sizes and 1 in sizes
     assert outcome.summary["status"] == "completed" and outcome.summary["left_out"] == {}
+
+
+def test_data_and_generator_that_are_both_missing_are_reported_together(tmp_path: Path) -> None:
+    settings = quick(
+        tmp_path, data__name="cifar10", data__path=str(tmp_path / "none.parquet"),
+        generator__name="diffusion", generator__path=str(tmp_path / "no-generator"),
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"none\.parquet[^\n]*\n[^\n]*no-generator"):
+        run_local(settings)
+    assert not (tmp_path / "runs").exists()
 
 
 def _federate(tmp_path: Path, app: ClientApp, **overrides: Any) -> Path:

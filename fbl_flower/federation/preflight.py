@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from logging import WARNING
+from typing import TypeVar
 
 from flwr.common.logger import log
 
@@ -11,13 +14,17 @@ from fbl_flower.data.corruption import believed_labels
 from fbl_flower.data.datasets import load_parts, scored_part
 from fbl_flower.data.partition import partition
 from fbl_flower.device import pick_device
-from fbl_flower.errors import ConfigError, GeneratorError
-from fbl_flower.generation.loading import check_generator
+from fbl_flower.errors import ConfigError, DataError, FBLError, GeneratorError
+from fbl_flower.generation.loading import check_generator, check_generator_files
 from fbl_flower.training.roles import drawn_roles
+
+T = TypeVar("T")
 
 
 def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
     """Load the data, cut it, and check the generator and the device, without training or generating anything.
+
+    Everything that is found is reported together.
 
     Args:
         config: The run's.
@@ -29,25 +36,34 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
         ConfigError: Settings that do not fit the data or the machine.
         GeneratorError: The generator is missing, damaged, or made for other images.
     """
-    parts = load_parts(config.data)
-    problems: list[str] = []
-    checks = (
-        lambda: partition(believed_labels(config, parts).numpy(), config),
-        lambda: scored_part(config.data, parts),
-        lambda: pick_device(config),
-    )
-    for check in checks:
+    found: list[FBLError] = []
+
+    def attempt(check: Callable[[], T]) -> T | None:
         try:
-            check()
-        except ConfigError as error:
-            problems += error.problems
+            return check()
+        except (ConfigError, DataError) as error:
+            found.append(error)
+            return None
+
+    parts = attempt(lambda: load_parts(config.data))
+    if parts is not None:
+        labels = believed_labels(config, parts).numpy()
+        attempt(partial(partition, labels, config))
+        attempt(partial(scored_part, config.data, parts))
+    attempt(lambda: pick_device(config))
     somebody_fills = any(role.capability != "none" for role in drawn_roles(config))
     needed = (config.balancing.enabled and config.balancing.filling and somebody_fills) or config.warm_start.enabled
-    generator_problems = check_generator(config, parts) if needed else []
+    generator_problems: list[str] = []
+    if needed:
+        generator_problems = check_generator(config, parts) if parts is not None else check_generator_files(config)
     if generator_problems and not (clients_here or config.warm_start.enabled):
         log(WARNING, "Not on this machine, and needed on each node that generates: %s", "; ".join(generator_problems))
         generator_problems = []
-    if problems:
-        raise ConfigError(problems + generator_problems)
+    settings = [problem for error in found if isinstance(error, ConfigError) for problem in error.problems]
+    unreadable = [str(error) for error in found if isinstance(error, DataError)]
+    if unreadable:
+        raise DataError("\n".join(unreadable + settings + generator_problems))
+    if settings:
+        raise ConfigError(settings + generator_problems)
     if generator_problems:
         raise GeneratorError("\n".join(generator_problems))

@@ -93,6 +93,20 @@ def check_generator(config: RunConfig, parts: DataParts) -> list[str]:
     return problems
 
 
+def check_generator_files(config: RunConfig) -> list[str]:
+    """Say what is wrong with the folder of `generator.path` itself: all that can be told where the data set cannot be read."""
+    chosen = config.generator
+    if not chosen.path or chosen.name == "public-images":
+        return []
+    folder = Path(chosen.path).expanduser()
+    try:
+        if chosen.name == "text-to-image":
+            return check_pipeline_files(folder, read_pipeline_info(folder))
+        return check_files(folder, read_info(folder))
+    except GeneratorError as error:
+        return [str(error)]
+
+
 def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
     """Load the generator that `config` asks for.
 
