@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -16,7 +17,7 @@ from safetensors.torch import save
 
 from fbl_flower.errors import StateError
 
-_NAME = re.compile(r"round-(\d{6})\.safetensors")
+_NAME = re.compile(r"round-(\d{6})\.safetensors(\..+)?")  # with an ending as long as it is not whole
 T = TypeVar("T")
 
 
@@ -50,7 +51,7 @@ class RoundStore(Generic[T]):
         Raises:
             StateError: The file is damaged.
         """
-        rounds = self._rounds()
+        rounds, _ = self._files()
         for later in [r for r in rounds if r >= before_round]:
             os.unlink(self._path(later))
         earlier = [r for r in rounds if r < before_round]
@@ -58,11 +59,11 @@ class RoundStore(Generic[T]):
 
     def newest(self) -> T | None:
         """Return the state of the last round in which the client trained."""
-        rounds = self._rounds()
+        rounds, _ = self._files()
         return self._read(self._path(rounds[-1])) if rounds else None
 
     def save(self, state: T, *, server_round: int, checkpoint_round: int) -> None:
-        """Store the state after `server_round`, whole or not at all.
+        """Store the state after `server_round`, whole or not at all, and remove what a killed process left of this round or earlier ones.
 
         Args:
             state: What to remember.
@@ -72,22 +73,30 @@ class RoundStore(Generic[T]):
         record = self._pack(state)
         data = save({name: tensor.contiguous() for name, tensor in record.tensors.items()}, metadata=record.texts)
         path = self._path(server_round)
-        rounds = self._rounds()
+        rounds, unfinished = self._files()
         if not rounds:
             self.folder.mkdir(parents=True, exist_ok=True)
+        for name in [name for r, name in unfinished if r <= server_round]:  # later ones may be another process's, at work
+            _remove(f"{self.folder}/{name}")
         temporary = f"{path}.{os.getpid()}-{threading.get_ident()}"
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as stream:
+                stream.write(data)
+            os.replace(temporary, path)
+        except BaseException:  # such as a full disk
+            _remove(temporary)
+            raise
         for old in [r for r in sorted({*rounds, server_round}) if r <= checkpoint_round][:-1]:  # but for the newest of them
             os.unlink(self._path(old))
 
-    def _rounds(self) -> list[int]:
+    def _files(self) -> tuple[list[int], list[tuple[int, str]]]:
+        """Return the rounds that are stored, in order, and round and name of files that are not whole."""
         try:
             names = os.listdir(self.folder)
         except FileNotFoundError:
-            return []
-        return sorted(int(m[1]) for name in names if (m := _NAME.fullmatch(name)))
+            return [], []
+        found = [(int(m[1]), m[2], name) for name in names if (m := _NAME.fullmatch(name))]
+        return sorted(r for r, ending, _ in found if not ending), [(r, name) for r, ending, name in found if ending]
 
     def _path(self, server_round: int) -> str:
         return f"{self.folder}/round-{server_round:06d}.safetensors"
@@ -102,3 +111,8 @@ class RoundStore(Generic[T]):
                 f"{path} is damaged ({error}); delete the folder to let this client start afresh",
                 public="the client's state on disk is damaged",
             ) from error
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)

@@ -158,18 +158,30 @@ class Deployment:
                 found.append(int(folder.name))
         return found
 
-    def send(self, number: signal.Signals, name: str, program: str = "") -> list[int]:
-        """Send a signal to the processes of a node or the server, at once; return them."""
-        found = self.processes(name, program)
-        for process in found:
-            _send(process, number)
-        return found
+    def wait_for_new_process(self, name: str, program: str, seconds: float) -> None:
+        """Wait for a process that is not there yet: one that is may be about to end."""
+        old = set(self.processes(name, program))
+        wait_for(lambda: set(self.processes(name, program)) - old, seconds, f"a new {program} of {name}", self.log)
+
+    def send(self, number: signal.Signals, name: str) -> set[int]:
+        """Send a signal to the processes of a node or the server, also to those that start meanwhile; return them."""
+        reached: set[int] = set()
+        while new := set(self.processes(name)) - reached:
+            for process in new:
+                _send(process, number)
+            reached |= new
+        return reached
 
     def kill(self, name: str) -> None:
         """Kill all processes of a node or the server and wait until they are gone, and with them what they listened on."""
         killed = self.send(signal.SIGKILL, name)
         assert killed, f"nothing of {name} to kill"
-        wait_for(lambda: not self.processes(name) and not any(map(_holds_files, killed)), 30.0, f"the end of {name}")
+
+        def gone() -> bool:
+            killed.update(self.send(signal.SIGKILL, name))
+            return not any(map(_holds_files, killed))
+
+        wait_for(gone, 30.0, f"the end of {name}")
 
     def log(self) -> str:
         """Return what all processes said."""

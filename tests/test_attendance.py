@@ -15,6 +15,7 @@ from fbl_flower.errors import DataError, RunFailed
 from fbl_flower.federation import client, server
 from fbl_flower.federation.local import LocalGrid, run_local
 from fbl_flower.federation.wire import NodeDescription
+from fbl_flower.reporting.rundir import RunDirectory
 
 
 class Shifting(LocalGrid):
@@ -127,6 +128,44 @@ def test_a_newcomer_with_other_code_is_refused_and_the_run_goes_on(tmp_path: Pat
     rows, table = federate(tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 1 else set()), prepare__timeout=1.0)
     assert [row["clients"] for row in rows] == [[0, 1, 2]] * 4
     assert table["nodes"][3]["not_prepared"] == {"3": "no node hosts it"}
+
+
+def test_a_server_that_is_started_again_keeps_who_left_and_who_was_not_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Node 1 is away in round 2 and client 2 is broken; the server is killed in round 4; then client 3 is broken and 2 still is."""
+    prepare_client, append, write_json = client.prepare_client, RunDirectory.append, RunDirectory.write_json
+    broken = {2: "no image"}
+
+    def prepare(config: Any, number: int, **kwargs: Any) -> Any:
+        if number in broken:
+            raise DataError(broken[number], public=broken[number])
+        return prepare_client(config, number, **kwargs)
+
+    def dies(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
+        if row["round"] == 4:
+            raise KeyboardInterrupt
+        append(self, name, row)
+
+    def there(done: int) -> set[int]:
+        return {1, 2, 3, 4} - ({1} if done == 1 else set())
+
+    monkeypatch.setattr(client, "prepare_client", prepare)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "append", dies)
+        patch.setattr(RunDirectory, "write_json", lambda s, n, v: None if n == "summary.json" else write_json(s, n, v))
+        with pytest.raises(KeyboardInterrupt):
+            federate(tmp_path, there, checkpoint_every=1)
+    broken |= {2: "no disk", 3: "no image"}
+    rows, table = federate(tmp_path, there, checkpoint_every=1, resume="auto")
+    assert [row["clients"] for row in rows] == [[0, 1, 3], [1, 3], [0, 1, 3], [0, 1]]
+    assert [(event["round"], event["name"], event["event"]) for event in table["events"]] == [
+        (2, "node-0", "not connected"), (3, "node-0", "connected again"), (4, "server", "started again"),
+    ]  # fmt: skip
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    parts = {client: reason.count("; the client's") for client, reason in table["not_prepared"].items()}
+    assert parts == {"2": 2, "3": 1} and all(reason in table["not_prepared"]["2"] for reason in ("no image", "no disk"))
+    assert json.loads((run_dir / "summary.json").read_text())["not_prepared"] == table["not_prepared"]
 
 
 def test_a_round_waits_for_somebody_and_fails_when_nobody_comes(tmp_path: Path) -> None:

@@ -251,6 +251,8 @@ def test_a_client_that_does_not_answer_is_left_out(tmp_path: Path) -> None:
         forever.set()
     run_dir = Path(str(context.state.config_records["run"]["directory"]))
     assert json.loads(metrics(run_dir).splitlines()[-1])["left_out"] == {"3": "no answer within 6 s"}
+    timing = json.loads((run_dir / "timings.jsonl").read_text().splitlines()[-1])
+    assert timing["client_seconds"].keys() == {"0", "1", "2"} and timing["waiting_seconds"]["3"] >= 6
 
 
 def test_nodes_that_run_other_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

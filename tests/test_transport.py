@@ -33,9 +33,9 @@ def test_payload_by_hand() -> None:
     assert payload_bytes(content) == (1 + 128 + 24) + (3 + 1) + (1 + 2) + (1 + 16) + 2 * (1 + 8)
 
 
-def test_waiting_is_what_was_not_computing() -> None:
+def test_waiting_is_what_was_not_computing_and_all_of_it_for_a_client_that_failed() -> None:
     traffic = Traffic(sent={}, received={}, elapsed={0: 5.0, 1: 7.0, 2: 9.0})
-    assert traffic.waiting({0: 3.0, 1: 7.5}) == {0: 2.0, 1: 0.0}
+    assert traffic.waiting({0: 3.0, 1: 7.5}) == {0: 2.0, 1: 0.0, 2: 9.0}
 
 
 def test_the_bytes_of_a_round_are_in_the_metrics_and_of_each_client_in_the_timings(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import quick
+from helpers import quick, run_and_kill
 
 from fbl_flower.commands.overrides import chosen_config
 from fbl_flower.config import RunConfig, flatten, parse_config
@@ -49,6 +49,29 @@ def test_the_same_command_goes_on_and_then_starts_anew(tmp_path: Path, monkeypat
     assert json.loads((killed / "summary.json").read_text())["status"] == "completed"
     fresh = run_local(settings)  # nothing is unfinished any more
     assert fresh.run_dir not in (killed, unbroken.run_dir)
+
+
+def test_what_stopped_the_run_before_stays_in_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails in round 2, which it says, and is killed in round 3, of which nothing can be said."""
+    settings = quick(tmp_path, num_server_rounds=4, checkpoint_every=1, resume="auto")
+    run_dir = run_and_kill(settings, monkeypatch, in_round=2)
+    assert json.loads((run_dir / "summary.json").read_text()) == {"status": "failed", "reason": "KeyboardInterrupt"}
+    killed_in_round(3, settings, monkeypatch)
+    assert not (run_dir / "summary.json").exists()  # it does not say of a run that goes on that it failed
+    assert run_local(settings).run_dir == run_dir
+    assert json.loads((run_dir / "nodes.json").read_text())["events"] == [
+        {"round": 2, "name": "server", "event": "started again after a failure: KeyboardInterrupt"},
+        {"round": 3, "name": "server", "event": "started again"},
+    ]
+
+
+def test_the_seconds_of_a_run_are_of_all_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = quick(tmp_path, num_server_rounds=2, checkpoint_every=1, resume="auto")
+    run_dir = run_and_kill(settings, monkeypatch, in_round=2)
+    rows = [json.loads(line) for line in (run_dir / "timings.jsonl").read_text().splitlines()]
+    rows[1] |= {"clients_seconds": 1000.0, "evaluate_seconds": 200.0}
+    (run_dir / "timings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert 1200 < run_local(settings).summary["seconds"] < 2000
 
 
 def test_only_the_newest_unfinished_run_with_the_same_settings_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,12 +45,16 @@ class NodeRow:
 
 
 class Attendance:
-    """Keeps the roster up to date and writes nodes.json into the run directory.
+    """Keeps the roster up to date and writes nodes.json into the run directory, after what is there if the server was started again.
 
     Args:
         grid: Flower's way to the nodes.
         run: Where the table goes.
         roster: Of the start.
+
+    Attributes:
+        roster: As it is now.
+        not_prepared: By client, why it was not prepared when the run, or the server again, started; prepared later or not.
     """
 
     def __init__(self, grid: Grid, run: RunDirectory, roster: Roster) -> None:
@@ -60,7 +64,9 @@ class Attendance:
         self._waited_for = set(self._connected)
         self._asked: dict[str, int] = {}  # messages that ask it, and to which node
         self._unprepared = dict.fromkeys(range(roster.num_clients), NOT_ASKED)
-        self._events: list[dict[str, Any]] = []
+        before = run.read_json("nodes.json")
+        self._events: list[dict[str, Any]] = before.get("events", [])
+        self.not_prepared: dict[str, str] = before.get("not_prepared", {})
 
     def present(self) -> list[int]:
         """Return the clients whose nodes are connected."""
@@ -76,6 +82,10 @@ class Attendance:
         for client in clients:
             self._unprepared.pop(client, None)
         self._unprepared |= {client: reason for client, reason in failures.items() if client in self._unprepared}
+        for client, reason in failures.items():
+            earlier = self.not_prepared.setdefault(str(client), reason)
+            if reason not in earlier:
+                self.not_prepared[str(client)] = f"{earlier}; {reason}"
         if self._unprepared != before:
             self._write()
 
@@ -188,4 +198,5 @@ class Attendance:
         )
 
     def _write(self) -> None:
-        self._run.write_json("nodes.json", {"nodes": [asdict(row) for row in self.rows()], "events": self._events})
+        rows = [asdict(row) for row in self.rows()]
+        self._run.write_json("nodes.json", {"nodes": rows, "events": self._events, "not_prepared": self.not_prepared})

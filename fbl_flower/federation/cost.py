@@ -24,8 +24,12 @@ class Traffic:
     elapsed: dict[int, float]
 
     def waiting(self, computing: dict[int, float]) -> dict[int, float]:
-        """Return the seconds in which a client that answered did not compute: on the way, in queues, starting processes."""
-        return {client: max(self.elapsed[client] - seconds, 0.0) for client, seconds in computing.items()}
+        """Return the seconds in which a client did not compute: on the way, in queues, starting processes.
+
+        Args:
+            computing: Seconds of those that succeeded; of others it is not known, and all the time counts as waiting.
+        """
+        return {client: max(seconds - computing.get(client, 0.0), 0.0) for client, seconds in self.elapsed.items()}
 
 
 def payload_bytes(content: RecordDict) -> int:

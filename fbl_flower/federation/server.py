@@ -99,8 +99,9 @@ class _Federation:
         roster = call_roll(self.grid, num_clients=config.num_clients, timeout=config.prepare.timeout)
         announce(roles_of(config, roster), balancing=config.balancing.enabled)
         self.attendance = Attendance(self.grid, self.run_dir, roster)
-        unprepared = self._prepare(roster)
+        self._prepare(roster)
         prepare_seconds = time.perf_counter() - started
+        earlier = sum(row["clients_seconds"] + row["evaluate_seconds"] for row in self.run_dir.read_rows("timings.jsonl"))
         point = start or self._first_point()
         checkpoint_round = point.server_round
         for row in self.run_dir.read_rows("metrics.jsonl"):
@@ -115,10 +116,10 @@ class _Federation:
             if server_round % config.checkpoint_every == 0 or server_round == config.num_server_rounds:
                 self.run_dir.write_checkpoint(point)
                 checkpoint_round = server_round
-        self._finish(point, unprepared, prepare_seconds, time.perf_counter() - started)
+        self._finish(point, prepare_seconds, earlier + time.perf_counter() - started)
 
-    def _prepare(self, roster: Roster) -> dict[int, str]:
-        """Ask every client to check its machine and get its data ready; return the reasons of those that could not."""
+    def _prepare(self, roster: Roster) -> None:
+        """Ask every client to check its machine and get its data ready, and name those that could not."""
         config = self.config
         log(INFO, "Preparing %d clients: check, plan, and generate what is missing", len(roster.node_of))
         requests = {
@@ -144,7 +145,6 @@ class _Federation:
                 f"{len(answers.contents)} of {config.num_clients} clients are prepared; prepare.quorum = {config.prepare.quorum:g} asks for "
                 f"{wanted}: {_reasons(failures)}"
             )
-        return failures
 
     def _first_point(self) -> Checkpoint:
         """Make the initial model, and record how good it is as round 0."""
@@ -294,7 +294,7 @@ class _Federation:
         images = scored_part(self.config.data, self.parts).to(self.device)
         return evaluate(model, images, precision=self.config.train.precision)
 
-    def _finish(self, point: Checkpoint, unprepared: dict[int, str], prepare_seconds: float, seconds: float) -> None:
+    def _finish(self, point: Checkpoint, prepare_seconds: float, seconds: float) -> None:
         self.run_dir.write_model(point.arrays)
         rows = self.run_dir.read_rows("metrics.jsonl")
         left_out = {str(row["round"]): row["left_out"] for row in rows if row.get("left_out")}
@@ -306,7 +306,7 @@ class _Federation:
                 "evaluated_on": self.config.data.evaluate_on,
                 "final_accuracy": rows[-1]["accuracy"],
                 "final_loss": rows[-1]["loss"],
-                "not_prepared": {str(client): reason for client, reason in unprepared.items()},
+                "not_prepared": self.attendance.not_prepared,
                 "left_out": left_out,
                 "seconds_to_prepare": prepare_seconds,
                 "seconds": seconds,
@@ -319,7 +319,7 @@ class _Federation:
             log(WARNING, "Not every picture could be drawn: %s", error)
         scored = len(scored_part(self.config.data, self.parts))
         log(INFO, "Final accuracy on %d %s images: %.2f %%", scored, self.config.data.evaluate_on, 100 * rows[-1]["accuracy"])
-        if left_out or unprepared:
+        if left_out or self.attendance.not_prepared:
             log(WARNING, "Clients failed in this run; summary.json names them")
         log(INFO, "Run directory: %s", self.run_dir.path)
 

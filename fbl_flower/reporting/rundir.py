@@ -4,7 +4,7 @@ config.toml          every setting of the run, as run-config keys
 versions.json        Python and packages
 metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count
 timings.jsonl        one line a round, clock times, and each client's share of the traffic
-nodes.json           the nodes, their clients, which of these are prepared or why not, who left and came back
+nodes.json           the nodes, their clients, which of these are prepared or why not; who left and came back, the server among them
 summary.json         status, final accuracy, what went wrong
 checkpoint.safetensors   the last checkpoint: model, round, and what the server keeps for SCAFFOLD and FedGen
 model.safetensors    the final model
@@ -95,7 +95,9 @@ class RunDirectory:
 
     @classmethod
     def reopen(cls, config: RunConfig) -> tuple[RunDirectory, Checkpoint]:
-        """Open the folder of `config.resume` to go on from its checkpoint; later lines of metrics and timings are cut off.
+        """Open the folder of `config.resume` to go on from its checkpoint, and note that in nodes.json.
+
+        Later lines of metrics and timings are cut off. A summary that says that the run failed is removed, and its reason is in the note.
 
         Its config.toml gets what may change: the run that is killed again goes on to the new number of rounds.
 
@@ -125,6 +127,7 @@ class RunDirectory:
         _replace(run.path / "config.toml", to_toml(flatten(config) | {"resume": ""}).encode())
         for name in ("metrics.jsonl", "timings.jsonl"):
             run._cut(name, checkpoint.server_round)
+        run._note_restart(checkpoint.server_round + 1)
         return run, checkpoint
 
     def read_settings(self) -> dict[str, Any]:
@@ -146,6 +149,11 @@ class RunDirectory:
         """Read the lines of a file of JSON lines; none if it is not there."""
         path = self.path / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a file of JSON; nothing if it is not there."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def write_model(self, arrays: Arrays) -> None:
         """Write the final model."""
@@ -180,6 +188,16 @@ class RunDirectory:
         return Checkpoint(
             server_round=server_round, embeddings=arrays.pop(_EMBEDDINGS, None), arrays=arrays, method_state=method_state
         )
+
+    def _note_restart(self, server_round: int) -> None:
+        summary, event = self.read_json("summary.json"), "started again"
+        if summary.get("status") == "failed":
+            event += f" after a failure: {summary['reason']}"
+        table = {"nodes": [], "events": []} | self.read_json("nodes.json")
+        table["events"].append({"round": server_round, "name": "server", "event": event})
+        self.write_json("nodes.json", table)
+        if summary.get("status") == "failed":
+            (self.path / "summary.json").unlink()
 
     def _cut(self, name: str, last_round: int) -> None:
         kept = []
