@@ -93,9 +93,9 @@ def train(message: Message, context: Context) -> Message:
     started = time.perf_counter()
     config, request = _config(context), Request.from_record(message.content)
     # Prepared at first contact, if it was not before.
-    role = _role(config, request.client, context)
-    data = _client_data(config, request.client, _state_dir(context), _own_folder(config, context), role.capability)
-    store = StateStore(state_folder(_state_dir(context), request.run, request.client))
+    role, state_dir = _role(config, request.client, context), _state_dir(context)
+    data = _client_data(config, request.client, state_dir, _own_folder(config, context), role.capability)
+    store = StateStore(state_folder(state_dir, request.run, request.client))
     state = store.load(before_round=request.server_round)
     method_store = _method_store(store.folder / role.method)
     # Of the last round whose result the server has: what came of a lost reply is no part of the server's own state.
