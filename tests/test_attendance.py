@@ -184,12 +184,12 @@ def test_a_round_waits_for_somebody_and_fails_when_nobody_comes(tmp_path: Path) 
 
 def test_the_quorum_is_of_all_clients(tmp_path: Path) -> None:
     """Three of four are prepared: 0.75 is enough, 0.76 is not."""
-    rows, _ = federate(tmp_path / "enough", lambda _: {1, 2, 3}, prepare__quorum=0.75, prepare__timeout=1.0)
+    rows, _ = federate(tmp_path / "enough", lambda _: {1, 2, 3}, prepare__quorum=0.75, prepare__timeout=4.0)
     assert len(rows) == 4
     with pytest.raises(
         RunFailed, match=r"3 of 4 clients are prepared; prepare.quorum = 0.76 asks for 4: client 3: no node hosts it"
     ):
-        federate(tmp_path / "few", lambda _: {1, 2, 3}, prepare__quorum=0.76, prepare__timeout=1.0)
+        federate(tmp_path / "few", lambda _: {1, 2, 3}, prepare__quorum=0.76, prepare__timeout=4.0)
 
 
 def test_plain_fedavg_is_checked_before_it_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

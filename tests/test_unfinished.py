@@ -107,7 +107,7 @@ def test_two_servers_do_not_work_on_one_run(tmp_path: Path) -> None:
     other = context.Process(target=_hold, args=(done.run_dir, ready, end))
     other.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(120)
         before = (done.run_dir / "metrics.jsonl").read_bytes()
         with pytest.raises(StateError, match=r"another process works on .*; wait for its end or stop it"):
             open_run(settings, patience=0.3)
