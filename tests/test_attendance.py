@@ -70,7 +70,7 @@ def test_the_table_names_nodes_and_why_a_client_is_not_prepared(tmp_path: Path, 
 def test_a_node_that_comes_late_and_states_something_unknown_is_refused(tmp_path: Path) -> None:
     """Those that are there from the start are refused by the roll call, with the whole run (test_mixed.py)."""
     rows, table = federate(
-        tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 1 else set()), {4: {"capability": "strong"}}, prepare__timeout=1.0
+        tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 1 else set()), {4: {"capability": "strong"}}, prepare__timeout=4.0
     )
     assert [row["clients"] for row in rows] == [[0, 1, 2]] * 4
     assert table["events"] == [] and not table["nodes"][3]["connected"]
@@ -78,7 +78,7 @@ def test_a_node_that_comes_late_and_states_something_unknown_is_refused(tmp_path
 
 def test_a_node_that_was_absent_takes_part_from_the_next_round(tmp_path: Path) -> None:
     """Node 4 comes while round 2 trains: it is in rounds 3 and 4, prepared at first contact."""
-    rows, table = federate(tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 2 else set()), prepare__timeout=1.0)
+    rows, table = federate(tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 2 else set()), prepare__timeout=4.0)
     assert [row["clients"] for row in rows] == [[0, 1, 2], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
     assert [row["left_out"] for row in rows] == [{}] * 4
     assert table["events"] == [{"round": 3, "name": "node-3", "event": "joined"}]
@@ -125,7 +125,7 @@ def test_a_newcomer_with_other_code_is_refused_and_the_run_goes_on(tmp_path: Pat
         return NodeDescription(partition_id=place, num_partitions=4, code="other" if place == 3 else own, name=f"n{place}")
 
     monkeypatch.setattr(client, "describe_node", describe)
-    rows, table = federate(tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 1 else set()), prepare__timeout=1.0)
+    rows, table = federate(tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 1 else set()), prepare__timeout=4.0)
     assert [row["clients"] for row in rows] == [[0, 1, 2]] * 4
     assert table["nodes"][3]["not_prepared"] == {"3": "no node hosts it"}
 
