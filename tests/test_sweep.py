@@ -255,6 +255,12 @@ def test_the_table_says_where_synthetic_images_come_from(tmp_path: Path) -> None
     assert [source_of_synthetic(row) for row in central] == ["", "diffusion"]
 
 
+@pytest.mark.parametrize("name", ["gap-mnist5k", "filter-mnist5k"])
+def test_the_small_sets_are_valid(name: str) -> None:
+    rows = read_rows([EXPERIMENTS.parent / name])
+    assert len(rows) == 4 == len({json.dumps(flatten(row.config)) for row in rows})
+
+
 def test_earlier_results_are_still_read() -> None:
     """The results in the repository were made before targets and bytes were recorded; their rows keep their settings."""
     rows = read_rows([EXPERIMENTS], target=0.9)
