@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -21,6 +21,7 @@ from flwr.common.constant import SType
 from fbl_flower.params import Arrays
 
 DESCRIBE, PREPARE, TRAIN = "query.describe", "train.prepare", "train"
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 _EXTRA = "extra."  # before a method's name: its own arrays in a message
 
 
@@ -103,14 +104,14 @@ class Request:
 
     @classmethod
     def from_record(cls, content: RecordDict) -> Request:
-        numbers = cast(ConfigRecord, content["request"])
+        numbers = _record(content, "request", ConfigRecord)
         return cls(
             run=str(numbers["run"]),
             client=int(str(numbers["client"])),
             server_round=int(str(numbers["server-round"])),
             checkpoint_round=int(str(numbers["checkpoint-round"])),
             last_round=int(str(numbers["last-round"])),
-            arrays=named_arrays(cast(ArrayRecord, content["arrays"])),
+            arrays=named_arrays(_record(content, "arrays", ArrayRecord)),
             embeddings=_embeddings(content),
             extras=_extras(content),
         )
@@ -154,9 +155,9 @@ class Reply:
 
     @classmethod
     def from_record(cls, content: RecordDict) -> Reply:
-        metrics = cast(MetricRecord, content["metrics"])
+        metrics = _record(content, "metrics", MetricRecord)
         return cls(
-            arrays=named_arrays(cast(ArrayRecord, content["arrays"])),
+            arrays=named_arrays(_record(content, "arrays", ArrayRecord)),
             num_examples=int(str(metrics["num-examples"])),
             num_real=int(str(metrics["num-real"])),
             loss=float(str(metrics["train-loss"])),
@@ -216,8 +217,16 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
+def _record(content: RecordDict, name: str, kind: type[R]) -> R:
+    """Return one record of a message; Flower's own `array_records` and the like copy all of them to find it."""
+    record = content[name]
+    if not isinstance(record, kind):
+        raise TypeError(f"{name}: got {type(record).__name__}; wanted {kind.__name__}")
+    return record
+
+
 def _embeddings(content: RecordDict) -> np.ndarray | None:
-    return named_arrays(cast(ArrayRecord, content["embeddings"]))["P"] if "embeddings" in content else None
+    return named_arrays(_record(content, "embeddings", ArrayRecord))["P"] if "embeddings" in content else None
 
 
 def _packed(extras: Mapping[str, Arrays]) -> dict[str, ArrayRecord]:

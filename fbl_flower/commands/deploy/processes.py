@@ -91,10 +91,8 @@ def node_command(
     text = node_config_text(settings, problems)
     if problems:
         raise ConfigError(problems)
-    for key in ("data-path", "generator-path"):
-        if (
-            key in settings and not Path(str(settings[key])).is_dir()
-        ):  # it may be mounted later; the node checks before it trains
+    for key in ("data-path", "generator-path"):  # each may be mounted later, and the node checks before it trains
+        if key in settings and not Path(str(settings[key])).is_dir():
             print(
                 f"warning: {key}: no folder {settings[key]}; without it the server shows this node as not prepared", flush=True
             )
