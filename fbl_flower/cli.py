@@ -177,7 +177,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=int, help="images per step")
     train.add_argument("--learning-rate", type=float, help="peak of the step size")
     train.add_argument("--widths", type=numbers, help="channels at each resolution, such as 64,96")
+    train.add_argument(
+        "--augmentation",
+        type=float,
+        metavar="X",
+        help="0: no random deformation; 1: as for handwriting (default: 0 where images may be mirrored, which they then are, else 1)",
+    )
     train.add_argument("--seed", type=int, default=0, help="of the weights and every draw")
+    train.add_argument(
+        "--weights", choices=("4bit", "8bit", "none"), default="4bit", help="none: floats, which `generator quantize` takes"
+    )
+    train.add_argument(
+        "--compile", action="store_true", help="compile the network first: minutes, and a C++ compiler, for shorter steps"
+    )
     train.add_argument(
         "--minutes", type=float, default=math.inf, metavar="M", help="stop after M minutes; the same command goes on from there"
     )
@@ -188,10 +200,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="steps between checkpoints, in DIR.training (default: 100)",
     )
-    quantize = actions.add_parser("quantize", help="make a text-to-image generator of a Stable Diffusion pipeline")
-    quantize.add_argument("source", metavar="SOURCE", help="name on the hub, or directory of a pipeline")
+    quantize = actions.add_parser(
+        "quantize", help="store a Stable Diffusion pipeline, or a generator trained with --weights none, in 4 or 8 bits"
+    )
+    quantize.add_argument("source", metavar="SOURCE", help="name on the hub, or directory of a pipeline or generator")
     quantize.add_argument("dest", type=Path, metavar="DEST", help="folder to make, for generator.path")
-    quantize.add_argument("--weights", choices=("4bit", "8bit", "none"), default="4bit", help="of UNet and text encoder")
+    quantize.add_argument(
+        "--weights", choices=("4bit", "8bit", "none"), default="4bit", help="of the network, and of a text encoder"
+    )
     quantize.add_argument(
         "--tiny-decoder", default="", metavar="SOURCE2", help="an AutoencoderTiny to store instead of the full autoencoder"
     )
@@ -200,10 +216,13 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--threads", type=int, default=num_cores(), help="torch's threads (default: all cores)")
     quantize.set_defaults(handler=_generator)
     quality = actions.add_parser("quality", help="accuracy, diversity, and distance to the training images, as a table")
-    quality.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="the generator (default: the bundled one)")
+    quality.add_argument(
+        "folders", nargs="*", type=Path, metavar="DIR", help="generators to compare (default: the bundled one)"
+    )
     quality.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="such as 0,1,2")
     quality.add_argument("--evaluate-on", choices=("test", "validation"), default="test", help="the real images that judge")
     quality.add_argument("--epochs", type=int, default=60, help="of the classifiers that measure (default: 60)")
+    quality.add_argument("--out", type=Path, metavar="FILE.json", help="write the measurements there too")
     pictures = actions.add_parser("gallery", help="real and synthetic images of each class, side by side, as PNG")
     pictures.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="the generator (default: the bundled one)")
     pictures.add_argument("--out", type=Path, default=Path("gallery.png"), metavar="FILE.png", help="picture to write")

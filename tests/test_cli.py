@@ -94,6 +94,10 @@ def test_resume_refuses_other_changes(tmp_path: Path) -> None:
             ["generator", "train", "--data", "mnist"],
             "data.name: got 'mnist' (str); allowed: mnist5k | digits | cifar10 | cifar100",
         ),
+        (
+            ["generator", "train", "--data", "digits", "--augmentation", "-1"],
+            "augmentation of a generator's training: got -1.0",
+        ),
         (["generator", "quality", "nowhere", "--data", "digits"], "nowhere"),
         (["sweep", "nowhere.toml"], "nowhere.toml: cannot be read as TOML"),
     ],

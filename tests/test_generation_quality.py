@@ -11,7 +11,17 @@ from test_generation_support import digits, two_class_parts
 from fbl_flower.data.examples import Examples
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.public import PublicImages
-from fbl_flower.generation.quality import Classifier, _spread, frechet_distance, measure_quality, nearest_training_image
+from fbl_flower.generation.quality import (
+    Classifier,
+    Nearest,
+    Quality,
+    SeedQuality,
+    _spread,
+    compare,
+    frechet_distance,
+    measure_quality,
+    nearest_training_image,
+)
 
 
 def centroid_classifier(examples: Examples, seed: int) -> Classifier:
@@ -123,6 +133,26 @@ def test_the_table_has_every_measure_and_every_seed():
     ]  # fmt: skip
     assert table[10].startswith("| copies | 1.000 | 1.000 | 1.000 | 0.")
     assert "4321" in table[-1]
+
+
+def test_generators_side_by_side():
+    def quality(*accuracies: float, num_bytes: int | None) -> Quality:
+        seeds = tuple(
+            SeedQuality(
+                seed=seed, synthetic_accuracy=accuracy, public_accuracy=0.8, agreement=1.0, diversity=1.0, frechet=2.0, nearest=3.0,
+                nearest_min=1.0, copies=0.0, images_per_second=9.0,
+            )
+            for seed, accuracy in enumerate(accuracies)
+        )  # fmt: skip
+        return Quality(
+            per_seed=seeds, num_images=5, evaluated_on="test", real=Nearest(mean=0, smallest=0, copies=0), num_bytes=num_bytes
+        )
+
+    table = compare({"a": quality(0.5, 0.7, num_bytes=12), "b": quality(0.4, num_bytes=None)}).splitlines()
+    assert table[0] == "| 5 images, against test | a | b |"
+    assert table[2] == "| ratio | 0.750 ± 0.177 | 0.500 |"
+    assert table[3] == "| synthetic accuracy | 0.600 ± 0.141 | 0.400 |"
+    assert table[-1] == "| bytes on disk | 12 |  |"
 
 
 def test_no_seeds_and_no_images_are_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from PIL import Image
 from test_generation_support import TINY, digits, two_class_parts
 
 from fbl_flower.errors import GeneratorError
-from fbl_flower.generation import training
+from fbl_flower.generation import folder
 from fbl_flower.generation.augment import deform
+from fbl_flower.generation.diffusion import DiffusionGenerator
+from fbl_flower.generation.folder import quantize_generator
+from fbl_flower.generation.quantization import WEIGHTS
 from fbl_flower.generation.recipe import Augmentation, TrainingRecipe, check_files, read_info
 from fbl_flower.generation.training import Training, draw_batch, flow_loss, train_generator
 from fbl_flower.seeding import torch_stream
@@ -83,11 +87,54 @@ def test_the_same_recipe_gives_the_same_files(tmp_path):
     assert one.files == two.files
 
 
+@pytest.mark.parametrize("weights", ["8bit", "none"])
+def test_a_generator_can_be_stored_in_more_bits(tmp_path, weights):
+    sizes = {}
+    for name in ("4bit", weights):
+        info = train_generator(digits(), recipe=TINY, out=tmp_path / name, weights=name)
+        assert (info.weights, read_info(tmp_path / name)) == (name, info)
+        sizes[name] = (tmp_path / name / WEIGHTS).stat().st_size
+        images = images_of(tmp_path / name)
+        assert images.shape == (4, 1, 8, 8) and images.unique().numel() > 20
+    assert sizes[weights] > 1.3 * sizes["4bit"]
+
+
+def images_of(folder: Path) -> torch.Tensor:
+    return DiffusionGenerator.load(folder, steps=2, guidance=1.0, batch_size=4).generate([0, 1, 2, 3], [5, 6, 7, 8])
+
+
+@pytest.mark.parametrize("weights", ["4bit", "8bit"])
+def test_floats_quantised_later_are_the_files_that_training_writes(tmp_path, weights):
+    train_generator(digits(), recipe=TINY, out=tmp_path / "floats", weights="none")
+    at_once = train_generator(digits(), recipe=TINY, out=tmp_path / "at-once", weights=weights)
+    later = quantize_generator(tmp_path / "floats", tmp_path / "later", weights=weights)
+    assert later.files == at_once.files and later.weights == weights
+    assert later.cpu_seconds == read_info(tmp_path / "floats").cpu_seconds  # still that of the training
+    with pytest.raises(GeneratorError, match=f"later has weights of {weights} already; wanted floats"):
+        quantize_generator(tmp_path / "later", tmp_path / "again", weights="4bit")
+    with pytest.raises(GeneratorError, match="later is there already"):
+        quantize_generator(tmp_path / "floats", tmp_path / "later", weights="4bit")
+    weights_file = tmp_path / "floats" / WEIGHTS
+    weights_file.write_bytes(weights_file.read_bytes()[:-9])
+    with pytest.raises(GeneratorError, match=f"{WEIGHTS} is damaged"):
+        quantize_generator(tmp_path / "floats", tmp_path / "again", weights="4bit")
+    assert not (tmp_path / "again").exists()
+
+
+def test_ranges_of_the_augmentation_are_scaled_together():
+    assert Augmentation(rotation=10, scale=0.2, shear=0.4, shift=0.6, elastic=0.8).scaled(0.5) == Augmentation(
+        rotation=5, scale=0.1, shear=0.2, shift=0.3, elastic=0.4
+    )
+    for wrong in (-1, float("nan")):
+        with pytest.raises(GeneratorError, match="wanted >= 0"):
+            Augmentation().scaled(wrong)
+
+
 def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(training, "save_quantized", fail)
+    monkeypatch.setattr(folder, "save_quantized", fail)
     with pytest.raises(OSError, match="disk full"):
         train_generator(digits(), recipe=TINY, out=tmp_path / "g")
     assert list(tmp_path.iterdir()) == []
@@ -128,6 +175,18 @@ def test_a_training_in_pieces_ends_with_the_weights_of_one_piece(tmp_path, monke
         "going on after step 2 of 7", "going on after step 5 of 7",
         "stopped after step 5 of 7; the same command goes on", "going on after step 5 of 7",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same_up_to_rounding():
+    plain, compiled = Training(digits(), TINY), Training(digits(), TINY, compiled=True)
+    for training in (plain, compiled):
+        training.step()
+        training.step()
+    assert plain.describe().split(",")[0] == compiled.describe().split(",")[0]  # step and loss, to four places
+    states = plain.average.state_dict(), compiled.average.state_dict()
+    assert states[0].keys() == states[1].keys()  # as a checkpoint names them
+    assert all(torch.allclose(tensor, states[1][name], atol=1e-4) for name, tensor in states[0].items())
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):

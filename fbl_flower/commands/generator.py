@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +17,15 @@ import torch
 from fbl_flower.commands.overrides import read_overrides
 from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.data.batches import to_float
-from fbl_flower.data.datasets import load_parts
+from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import Examples
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError
+from fbl_flower.generation.folder import quantize_generator
 from fbl_flower.generation.loading import generator_folder, load_generator
 from fbl_flower.generation.pipeline_store import quantize_pipeline
-from fbl_flower.generation.quality import Classifier, measure_quality
-from fbl_flower.generation.recipe import TrainingRecipe
+from fbl_flower.generation.quality import Classifier, Quality, compare, measure_quality
+from fbl_flower.generation.recipe import Augmentation, TrainingRecipe, is_trained
 from fbl_flower.generation.training import train_generator
 from fbl_flower.reporting.pictures import gallery
 from fbl_flower.seeding import derive
@@ -35,7 +41,10 @@ def train(options: argparse.Namespace) -> None:
     parts = load_parts(config.data)
     torch.set_num_threads(options.threads)
     asked = {name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate", "widths", "seed")}
-    recipe = TrainingRecipe(**{name: value for name, value in asked.items() if value is not None})
+    deformed = options.augmentation if options.augmentation is not None else 0.0 if parts.info.flip else 1.0
+    recipe = TrainingRecipe(
+        **{name: value for name, value in asked.items() if value is not None}, augmentation=Augmentation().scaled(deformed)
+    )
     out = options.out or Path(f"{parts.info.name}-{parts.image_size}px")
     if options.checkpoint_every < 1 or options.minutes <= 0:
         problem = f"--checkpoint-every, --minutes: got {options.checkpoint_every}, {options.minutes:g}; allowed: >= 1, > 0"
@@ -46,7 +55,9 @@ def train(options: argparse.Namespace) -> None:
         parts,
         recipe=recipe,
         out=out,
+        weights=options.weights,
         device=device.type,
+        compiled=options.compile,
         checkpoint_every=options.checkpoint_every,
         stop_after=60 * options.minutes,
         progress=lambda line: print(line, flush=True),
@@ -57,41 +68,59 @@ def train(options: argparse.Namespace) -> None:
 
 
 def quality(options: argparse.Namespace) -> None:
-    """Measure a generator and print the table."""
-    config = configuration_of(options, folder=options.folder)
+    """Measure generators; print a table for each, and one that compares them."""
+    folders = options.folders or [None]
+    configs = [configuration_of(options, folder=folder) for folder in folders]
     if options.epochs < 1:
         raise ConfigError([f"--epochs: got {options.epochs}; allowed: whole number >= 1"])
-    parts = load_parts(config.data)
+    parts = load_parts(configs[0].data)
     torch.set_num_threads(options.threads)
-    folder = generator_folder(config, parts)
+    places = [generator_folder(config, parts) for config in configs]
+    generators = [load_generator(config, parts) for config in configs]  # all of them, before the first hour of work
+    train_classifier = functools.partial(_train_classifier, configs[0], parts, options.epochs, {})
+    measured: dict[str, Quality] = {}
+    for config, place, generator in zip(configs, places, generators, strict=True):
+        start = time.perf_counter()
+        measured[str(place)] = one = measure_quality(
+            generator,
+            parts,
+            train_classifier=train_classifier,
+            seeds=options.seeds,
+            evaluate_on=options.evaluate_on,
+            num_bytes=_size(place) if config.generator.name != "public-images" else None,
+        )
+        print(f"{place}\n\n{one.as_markdown()}\n\nmeasured in {time.perf_counter() - start:.0f} s\n", flush=True)
+        if options.out is not None:
+            report = {name: dataclasses.asdict(quality) for name, quality in measured.items()}
+            part = options.out.with_name(options.out.name + ".part")
+            part.write_text(json.dumps({"epochs": options.epochs, "generators": report}, indent=2) + "\n", encoding="utf-8")
+            os.replace(part, options.out)
+    if len(measured) > 1:
+        print(compare(measured))
 
-    def train_classifier(examples: Examples, seed: int) -> Classifier:
-        model = train_centrally(config, parts, examples, epochs=options.epochs, seed=seed).eval()
-        device = next(model.parameters()).device
 
-        @torch.no_grad()
-        def features(images: torch.Tensor) -> torch.Tensor:
-            batches = torch.split(images, _BATCH)
-            return torch.cat([model.features(to_float(batch.to(device))).float().cpu() for batch in batches])
+def _train_classifier(
+    config: RunConfig, parts: DataParts, epochs: int, known: dict[tuple[str, int], Classifier], examples: Examples, seed: int
+) -> Classifier:
+    """Train the run's network, as `TrainClassifier` wants; `known` holds those trained before, by their images and seed."""
+    key = hashlib.sha256(examples.images.numpy().tobytes()).hexdigest(), seed
+    if key in known:
+        return known[key]
+    model = train_centrally(config, parts, examples, epochs=epochs, seed=seed).eval()
+    device = next(model.parameters()).device
 
-        @torch.no_grad()
-        def predict(images: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = model.head(features(images).to(device))
-            return logits.cpu()
+    @torch.no_grad()
+    def features(images: torch.Tensor) -> torch.Tensor:
+        batches = torch.split(images, _BATCH)
+        return torch.cat([model.features(to_float(batch.to(device))).float().cpu() for batch in batches])
 
-        return Classifier(predict=predict, features=features)
+    @torch.no_grad()
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model.head(features(images).to(device))
+        return logits.cpu()
 
-    start = time.perf_counter()
-    measured = measure_quality(
-        load_generator(config, parts),
-        parts,
-        train_classifier=train_classifier,
-        seeds=options.seeds,
-        evaluate_on=options.evaluate_on,
-        num_bytes=_size(folder) if config.generator.name != "public-images" else None,
-    )
-    print(measured.as_markdown())
-    print(f"\nmeasured in {time.perf_counter() - start:.0f} s")
+    known[key] = Classifier(predict=predict, features=features)
+    return known[key]
 
 
 def draw_gallery(options: argparse.Namespace) -> None:
@@ -109,11 +138,18 @@ def draw_gallery(options: argparse.Namespace) -> None:
 
 
 def quantize(options: argparse.Namespace) -> None:
-    """Make a text-to-image generator's folder from a pipeline in full precision."""
+    """Make a generator's folder from a pipeline, or from a generator trained here, in full precision."""
     if options.threads < 1:
         raise ConfigError([f"--threads: got {options.threads}; allowed: whole number >= 1"])
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
+    source = Path(options.source).expanduser()
+    if is_trained(source):
+        if options.tiny_decoder or options.revision:
+            raise ConfigError(["--tiny-decoder, --revision: only for pipelines; the source is a generator trained here"])
+        quantize_generator(source, options.dest.expanduser(), weights=options.weights)
+        print(f"{options.dest}: {_size(options.dest.expanduser()) / 1e6:.2f} MB; {source} has {_size(source) / 1e6:.2f} MB")
+        return
     info = quantize_pipeline(
         options.source,
         options.dest,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fbl_flower.errors import GeneratorError
-from fbl_flower.generation.quantization import load_quantized, quantize_, save_quantized
+from fbl_flower.generation.quantization import BITS, load_quantized, quantize_, save_quantized
 
 FLOAT_WEIGHTS = "model.safetensors"  # of a component that is not quantised
 FLOAT_LAYERS = ("conv_in", "conv_out")  # of a quantised UNet: they see the image, and cost the most quality
@@ -87,7 +87,7 @@ def save_component(model: Any, folder: Path, *, weights: str = "none", float_lay
             metadata={"format": "pt"},
         )
     else:
-        save_quantized(quantize_(model, weights="qint4" if weights == "4bit" else "qint8", exclude=float_layers), folder)
+        save_quantized(quantize_(model, weights=BITS[weights], exclude=float_layers), folder)
     if hasattr(model, "save_config"):  # a model of diffusers: what its constructor does not take would only be warned of
         taken = inspect.signature(type(model).__init__).parameters
         config = {key: value for key, value in model.config.items() if key in taken}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from statistics import mean, stdev
 from typing import Literal, Protocol
 
 import torch
@@ -72,6 +73,9 @@ class SeedQuality:
         return self.synthetic_accuracy / self.public_accuracy
 
 
+_MEASURES = ("ratio", *(f.name for f in fields(SeedQuality) if f.name != "seed"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Nearest:
     """Distances of some images to their nearest training image; `SeedQuality` explains the three."""
@@ -106,19 +110,35 @@ class Quality:
     def as_markdown(self) -> str:
         """Return a table with a row for each measure: mean, one column per seed, real images for comparison."""
         reference = {"nearest": self.real.mean, "nearest_min": self.real.smallest, "copies": self.real.copies, "diversity": 1.0}
-        measures = ["ratio", *(f.name for f in fields(SeedQuality) if f.name != "seed")]
         seeds = [f"seed {one.seed}" for one in self.per_seed]
         rows = [
             "| " + " | ".join([f"{self.num_images} images, against {self.evaluated_on}", "mean", *seeds, "real"]) + " |",
             "|" + "---|" * (len(seeds) + 3),
         ]
-        for name in measures:
+        for name in _MEASURES:
             numbers = [self.mean(name), *(getattr(one, name) for one in self.per_seed)]
             cells = [f"{number:.3f}" for number in numbers] + [f"{reference[name]:.3f}" if name in reference else ""]
             rows.append("| " + " | ".join([name.replace("_", " "), *cells]) + " |")
         if self.num_bytes is not None:
             rows.append("| " + " | ".join(["bytes on disk", str(self.num_bytes), *[""] * (len(seeds) + 1)]) + " |")
         return "\n".join(rows)
+
+
+def compare(measured: Mapping[str, Quality]) -> str:
+    """Return a table with a column for each generator: mean and sample standard deviation over the seeds.
+
+    Args:
+        measured: At least one, by name; all measured with as many images against the same part.
+    """
+    first = next(iter(measured.values()))
+    heads = [f"{first.num_images} images, against {first.evaluated_on}", *measured]
+    rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for name in _MEASURES:
+        numbers = [[getattr(one, name) for one in quality.per_seed] for quality in measured.values()]
+        cells = [f"{mean(one):.3f}" + (f" ± {stdev(one):.3f}" if len(one) > 1 else "") for one in numbers]
+        rows.append("| " + " | ".join([name.replace("_", " "), *cells]) + " |")
+    rows.append("| " + " | ".join(["bytes on disk", *(str(one.num_bytes or "") for one in measured.values())]) + " |")
+    return "\n".join(rows)
 
 
 def measure_quality(

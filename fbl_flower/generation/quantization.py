@@ -20,6 +20,7 @@ from fbl_flower.errors import GeneratorError
 
 WEIGHTS = "quanto_model.safetensors"
 LAYERS = "quanto_qmap.json"  # which layers are quantised, and how
+BITS: Mapping[str, Literal["qint4", "qint8"]] = {"4bit": "qint4", "8bit": "qint8"}  # our names, and quanto's
 _PART_OF_A_WEIGHT = re.compile(r"(?<=\.weight)\.(_data(\._data)?|_scale|_shift)$")  # quanto stores a weight in pieces
 _WAY_OUT = "copy or make the generator again"
 

@@ -38,6 +38,16 @@ class Augmentation:
     shift: float = 0.05
     elastic: float = 0.03
 
+    def scaled(self, factor: float) -> Augmentation:
+        """Return the ranges times `factor`, >= 0.
+
+        Raises:
+            GeneratorError: `factor` is negative.
+        """
+        if not factor >= 0:
+            raise GeneratorError(f"augmentation of a generator's training: got {factor}; wanted >= 0")
+        return Augmentation(**{name: factor * value for name, value in dataclasses.asdict(self).items()})
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
@@ -94,6 +104,7 @@ class GeneratorInfo:
         training: The hyper-parameters.
         wall_seconds, cpu_seconds, num_threads: What the training took.
         versions: Of the libraries.
+        weights: 4bit, 8bit or none (32-bit floats).
         files: SHA-256 of every other file of the folder, by name.
     """
 
@@ -108,7 +119,8 @@ class GeneratorInfo:
     cpu_seconds: float
     num_threads: int
     versions: Mapping[str, str]
-    files: Mapping[str, str]
+    weights: str = "4bit"
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -119,6 +131,11 @@ def write_info(folder: Path, info: GeneratorInfo) -> None:
     """Write `info` as the `recipe.json` of `folder`."""
     text = json.dumps({"format": _FORMAT, **dataclasses.asdict(info)}, indent=2)
     (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
+
+
+def is_trained(folder: Path) -> bool:
+    """Return whether `folder` looks like one of a generator that was trained here, and no pipeline."""
+    return all((folder / name).is_file() for name in (RECIPE, NETWORK))
 
 
 def read_info(folder: Path) -> GeneratorInfo:

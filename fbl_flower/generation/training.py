@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import math
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +24,10 @@ from fbl_flower.data.datasets import DataParts
 from fbl_flower.device import autocast, keep_freed_memory
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.augment import deform
+from fbl_flower.generation.folder import write_generator
 from fbl_flower.generation.network import build_network, network_config, patch_of
 from fbl_flower.generation.preview import write_preview
-from fbl_flower.generation.quantization import LAYERS, WEIGHTS, quantize_, save_quantized
-from fbl_flower.generation.recipe import NETWORK, GeneratorInfo, TrainingRecipe, file_sha256, write_info
+from fbl_flower.generation.recipe import GeneratorInfo, TrainingRecipe
 from fbl_flower.generation.training_checkpoint import Spent, TrainingCheckpoint
 from fbl_flower.seeding import derive, torch_stream
 
@@ -42,7 +40,9 @@ def train_generator(
     *,
     recipe: TrainingRecipe,
     out: Path,
+    weights: str = "4bit",
     device: str = "cpu",
+    compiled: bool = False,
     checkpoint_every: int = 100,
     stop_after: float = math.inf,
     progress: Callable[[str], None] | None = None,
@@ -57,7 +57,9 @@ def train_generator(
         recipe: The hyper-parameters; the same recipe gives the same weights with the same machine, libraries and
             number of threads.
         out: The folder to make. It appears whole or not at all.
+        weights: What to store them in: 4bit, 8bit or none, which is 32-bit floats; `quantize_generator` takes those later.
         device: "cpu" or "cuda". Every draw is made on the CPU.
+        compiled: Let torch compile the network first: minutes, and a C++ compiler, for shorter steps. Rounds differently.
         checkpoint_every: Steps between checkpoints; a kill loses fewer than these.
         stop_after: Seconds after which to stop with a checkpoint.
         progress: Is given a line of text now and then: step, loss, seconds left.
@@ -74,7 +76,7 @@ def train_generator(
     counts = parts.public.counts(parts.info.num_classes)
     if lacking := [name for name, count in zip(parts.info.class_names, counts.tolist(), strict=True) if not count]:
         raise GeneratorError(f"generator: no public image of {', '.join(lacking)}; use more public images (data.num-public)")
-    training = Training(parts, recipe, device=device)
+    training = Training(parts, recipe, device=device, compiled=compiled)
     checkpoint = TrainingCheckpoint(out.with_name(f"{out.name}.training"), recipe=recipe, public_sha256=parts.public_sha256)
     if training.restore(checkpoint):
         _tell(progress, f"going on after step {training.steps_done} of {recipe.steps}")
@@ -93,7 +95,9 @@ def train_generator(
         training.save(checkpoint)
         _tell(progress, f"stopped after step {training.steps_done} of {recipe.steps}; the same command goes on")
         return None
-    info = _write_folder(quantize_(training.average.cpu()), parts, recipe=recipe, out=out, spent=training.spent)
+    info = write_generator(
+        training.average.cpu(), _info_of(parts, recipe=recipe, spent=training.spent), out=out, weights=weights
+    )
     checkpoint.remove()
     return info
 
@@ -112,7 +116,7 @@ class Training:
         spent: What they took, over all pieces of the training.
     """
 
-    def __init__(self, parts: DataParts, recipe: TrainingRecipe, *, device: str = "cpu") -> None:
+    def __init__(self, parts: DataParts, recipe: TrainingRecipe, *, device: str = "cpu", compiled: bool = False) -> None:
         keep_freed_memory()
         self._parts, self._recipe, self._device = parts, recipe, torch.device(device)
         config = network_config(
@@ -123,6 +127,7 @@ class Training:
             self._network = build_network(config).to(self._device)
         for parameter in self._network.get_submodule("conv_out").parameters():
             nn.init.zeros_(parameter)  # the first guess is no velocity at all
+        self._forward: Callable[..., Any] = torch.compile(self._network) if compiled else self._network
         self.average = copy.deepcopy(self._network).eval().requires_grad_(False)
         self._optimizer = torch.optim.AdamW(
             self._network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
@@ -139,7 +144,7 @@ class Training:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe)
         batch = draw_batch(self._parts, recipe=recipe, stream=self._stream).to(self._device)
         with autocast("auto" if self._device.type == "cuda" else "fp32", self._device):
-            loss = flow_loss(self._network, batch)
+            loss = flow_loss(self._forward, batch)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self._network.parameters(), recipe.clip_norm)
@@ -196,35 +201,21 @@ def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _write_folder(network: nn.Module, parts: DataParts, *, recipe: TrainingRecipe, out: Path, spent: Spent) -> GeneratorInfo:
-    """Write a quantised network and its recipe as the folder `out`, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
-        network.save_config(folder)  # type: ignore[operator]  # diffusers' own
-        save_quantized(network, folder)
-        info = GeneratorInfo(
-            data_name=parts.info.name,
-            image_size=parts.image_size,
-            channels=parts.info.channels,
-            class_names=parts.info.class_names,
-            public_sha256=parts.public_sha256,
-            num_images=len(parts.public),
-            training=recipe,
-            wall_seconds=round(spent.wall, 1),
-            cpu_seconds=round(spent.cpu, 1),
-            num_threads=torch.get_num_threads(),
-            versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "optimum-quanto")},
-            files={name: file_sha256(folder / name) for name in (NETWORK, WEIGHTS, LAYERS)},
-        )
-        write_info(folder, info)
-        folder.chmod(0o755)  # what temporary files are made with closes them to other users
-        for file in folder.iterdir():
-            file.chmod(0o644)
-        os.rename(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return info
+def _info_of(parts: DataParts, *, recipe: TrainingRecipe, spent: Spent) -> GeneratorInfo:
+    """Describe a generator whose files are not yet written."""
+    return GeneratorInfo(
+        data_name=parts.info.name,
+        image_size=parts.image_size,
+        channels=parts.info.channels,
+        class_names=parts.info.class_names,
+        public_sha256=parts.public_sha256,
+        num_images=len(parts.public),
+        training=recipe,
+        wall_seconds=round(spent.wall, 1),
+        cpu_seconds=round(spent.cpu, 1),
+        num_threads=torch.get_num_threads(),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "optimum-quanto")},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +254,7 @@ def draw_batch(parts: DataParts, *, recipe: TrainingRecipe, stream: torch.Genera
     return FlowBatch(x_t=torch.lerp(x, e, t[:, None, None, None]), t=t, labels=labels, velocity=e - x)
 
 
-def flow_loss(network: nn.Module, batch: FlowBatch) -> torch.Tensor:
+def flow_loss(network: Callable[..., Any], batch: FlowBatch) -> torch.Tensor:
     """Return the mean squared error of the velocity (a scalar)."""
     velocity = network(batch.x_t, batch.t * 1000, class_labels=batch.labels).sample
     return F.mse_loss(velocity.float(), batch.velocity)

@@ -1,0 +1,56 @@
+"""`fbl-flower generator`, as a user types it: train in floats, store in 4 and 8 bits, compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fbl_flower.cli import main
+from fbl_flower.generation.recipe import read_info
+
+DIGITS = ["--data", "digits", "--threads", "1"]
+SMALL = [*DIGITS, "-c", "model.name='tiny'"]
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator that was trained for two steps, in floats."""
+    folder = tmp_path_factory.mktemp("generators") / "floats"
+    options = ["--out", str(folder), "--steps", "2", "--batch-size", "8", "--widths", "32", "--weights", "none"]
+    assert main(["generator", "train", *DIGITS, *options]) == 0
+    return folder
+
+
+def test_train_in_floats_then_quantize_and_compare(floats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    four, eight = tmp_path / "four", tmp_path / "eight"
+    for folder, weights in ((four, "4bit"), (eight, "8bit")):
+        assert main(["generator", "quantize", str(floats), str(folder), "--weights", weights, "--threads", "1"]) == 0
+        assert read_info(folder).weights == weights
+    capsys.readouterr()
+    out = tmp_path / "quality.json"
+    options = ["--seeds", "0,1", "--epochs", "1", "--out", str(out)]
+    assert main(["generator", "quality", str(floats), str(four), str(eight), *SMALL, *options]) == 0
+    printed = capsys.readouterr().out
+    assert f"| 300 images, against test | {floats} | {four} | {eight} |" in printed
+    measured = json.loads(out.read_text())["generators"]
+    assert list(measured) == [str(floats), str(four), str(eight)]
+    public = [[one["public_accuracy"] for one in quality["per_seed"]] for quality in measured.values()]
+    assert public[0] == public[1] == public[2]  # the same classifiers judge all three
+    sizes = [quality["num_bytes"] for quality in measured.values()]
+    assert sizes[0] > sizes[2] > sizes[1]
+
+
+def test_digits_are_deformed_and_photographs_are_not(floats: Path, tmp_path: Path) -> None:
+    assert read_info(floats).training.augmentation.rotation == 12
+    options = ["--steps", "1", "--batch-size", "8", "--widths", "32", "--augmentation", "0.5"]
+    assert main(["generator", "train", *DIGITS, *options, "--out", str(tmp_path / "g")]) == 0
+    assert read_info(tmp_path / "g").training.augmentation.rotation == 6
+
+
+def test_options_of_pipelines_are_refused_for_a_trained_generator(
+    floats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generator", "quantize", str(floats), str(tmp_path / "g"), "--revision", "main"]) == 2
+    assert "--tiny-decoder, --revision: only for pipelines" in capsys.readouterr().err
