@@ -514,6 +514,13 @@ def test_a_run_that_failed_is_an_error_with_the_way_to_its_log(
     monkeypatch.setattr(operator, "final_status", lambda run_id, home: ("finished:completed", ""))
     operator.run(link, {"seed": 3}, app=None)
 
+    def gone(run_id: str, home: Path) -> tuple[str, str]:
+        raise RunFailed("`flwr ls` failed: Connection to the SuperLink is unavailable")
+
+    monkeypatch.setattr(operator, "final_status", gone)
+    with pytest.raises(RunFailed, match="run 5: the server does not answer any more; if it was killed, .* go on with `--resume`"):
+        operator.run(link, {"seed": 3}, app=None)
+
 
 def test_a_server_that_is_not_there_is_told_of(whole: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--dir", str(whole.path), "--address", "127.0.0.1:1"]

@@ -160,7 +160,7 @@ def run(operator: Operator, settings: Mapping[str, Value], *, app: Path | None) 
         app: Directory of the Flower app; None: this project's.
 
     Raises:
-        RunFailed: The run was not accepted, or did not complete.
+        RunFailed: The run was not accepted, did not complete, or the server went away.
     """
     wait_for_server(operator, 0.0)
     with app_folder(app) as folder, tempfile.TemporaryDirectory(prefix="fbl-") as temporary:
@@ -171,7 +171,13 @@ def run(operator: Operator, settings: Mapping[str, Value], *, app: Path | None) 
         command = operator.flwr("run", str(folder), CONNECTION, "--stream", "-c", str(config))
         command.show()
         run_id = follow([flower_program("flwr"), *command.arguments[1:]], home=operator.home)
-    status, details = final_status(run_id, home=operator.home)
+    try:
+        status, details = final_status(run_id, home=operator.home)
+    except RunFailed as error:
+        raise RunFailed(
+            f"run {run_id}: the server does not answer any more; if it was killed, start it again and go on with "
+            "`--resume` and the run directory that the log names"
+        ) from error
     if status != "finished:completed":
         log = operator.flwr("log", run_id, CONNECTION, "--show").text
         raise RunFailed(f"run {run_id}: {status}" + (f": {details}" if details else "") + f"; its log: {log}")
