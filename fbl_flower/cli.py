@@ -148,6 +148,11 @@ def numbers(text: str) -> tuple[int, ...]:
     return found
 
 
+def widths(text: str) -> tuple[int, ...]:
+    """Read whole numbers between commas, which may repeat."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fbl-flower", description="Federated Balanced Learning on Flower.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -176,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=int, help="optimiser steps")
     train.add_argument("--batch-size", type=int, help="images per step")
     train.add_argument("--learning-rate", type=float, help="peak of the step size")
-    train.add_argument("--widths", type=numbers, help="channels at each resolution, such as 64,96")
+    train.add_argument("--widths", type=widths, help="channels at each resolution, such as 64,96")
     train.add_argument(
         "--augmentation",
         type=float,
@@ -208,11 +213,16 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--weights", choices=("4bit", "8bit", "none"), default="4bit", help="of the network, and of a text encoder"
     )
-    quantize.add_argument(
-        "--tiny-decoder", default="", metavar="SOURCE2", help="an AutoencoderTiny to store instead of the full autoencoder"
+    decoder = quantize.add_mutually_exclusive_group()
+    decoder.add_argument(
+        "--tiny-decoder",
+        default="auto",
+        metavar="SOURCE2",
+        help="the AutoencoderTiny to store instead of the full autoencoder (default: madebyollin/taesd from the hub)",
     )
+    decoder.add_argument("--full-decoder", action="store_true", help="keep the pipeline's own autoencoder")
     quantize.add_argument("--revision", metavar="R", help="commit, branch or tag of SOURCE on the hub")
-    quantize.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of what is not quantised")
+    quantize.add_argument("--dtype", choices=("bf16", "fp32"), help="of what is not quantised in a pipeline (default: bf16)")
     quantize.add_argument("--threads", type=int, default=num_cores(), help="torch's threads (default: all cores)")
     quantize.set_defaults(handler=_generator)
     quality = actions.add_parser("quality", help="accuracy, diversity, and distance to the training images, as a table")

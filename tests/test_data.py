@@ -24,6 +24,7 @@ from fbl_flower.seeding import torch_stream
 
 BUNDLED = Path(__file__).parents[1] / "fbl_generators"
 REAL_CIFAR10 = Path(os.environ.get("FBL_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10.parquet"
+REAL_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def examples_of(*labels: int, size: int = 2) -> Examples:
@@ -207,13 +208,21 @@ def test_facts_about_the_data_sets() -> None:
         assert 0 < info.num_validation < info.num_public < info.num_private
 
 
-@pytest.mark.parametrize("folder", sorted(BUNDLED.glob("*/recipe.json")), ids=lambda path: path.parent.name)
+# (that of CIFAR-10 is checked below, where its files are read)
+@pytest.mark.parametrize(
+    "folder",
+    sorted(path for path in BUNDLED.glob("*/recipe.json") if "cifar10" not in path.parent.name),
+    ids=lambda path: path.parent.name,
+)
 def test_the_cut_is_the_one_that_the_bundled_generators_were_trained_on(folder: Path) -> None:
     """Its public images are as many as its recipe says; that they are the same ones is what keeps it from having seen test images."""
     recipe = json.loads(folder.read_text(encoding="utf-8"))
     name = recipe["data_name"]
+    path = {"fashion-mnist": REAL_FASHION}.get(name)
+    if path is not None and not path.is_dir():
+        pytest.skip(f"no {name} at {path}: Debian's package dataset-fashion-mnist has it")
     public = recipe["num_images"] + DATASETS[name].num_validation
-    parts = load_parts(DataConfig(name=name, image_size=recipe["image_size"], num_public=public))
+    parts = load_parts(DataConfig(name=name, path=str(path or ""), image_size=recipe["image_size"], num_public=public))
     assert parts.public_sha256 == recipe["public_sha256"]
 
 

@@ -518,7 +518,9 @@ def test_a_run_that_failed_is_an_error_with_the_way_to_its_log(
         raise RunFailed("`flwr ls` failed: Connection to the SuperLink is unavailable")
 
     monkeypatch.setattr(operator, "final_status", gone)
-    with pytest.raises(RunFailed, match="run 5: the server does not answer any more; if it was killed, .* go on with `--resume`"):
+    with pytest.raises(
+        RunFailed, match="run 5: the server does not answer any more; if it was killed, .* go on with `--resume`"
+    ):
         operator.run(link, {"seed": 3}, app=None)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fbl_flower.commands import experiments
 from fbl_flower.commands.experiments import Row, identity, read_rows
 from fbl_flower.config import flatten, parse_config
 from fbl_flower.errors import ConfigError
@@ -151,6 +152,34 @@ def test_a_generator_is_known_by_its_content_and_not_by_its_place(tmp_path: Path
     assert a == b != c and str(a).startswith("mine@") and str(tmp_path) not in str(a)
 
 
+def test_a_packaged_generator_that_changed_makes_other_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", a=row_text("data.name = 'digits'"), b=row_text("balancing.enabled = false"))
+    row, without = read_rows([folder])
+    stored = {"kind": "federation", "config": identity(row.config)}
+    assert str(stored["config"]["generator.bundled"]).startswith("digits-8px@")
+    assert row.differences(stored) == []
+    older = {key: value for key, value in stored["config"].items() if key != "generator.bundled"}
+    assert row.differences({"kind": "federation", "config": older}) == []  # a result of before this was noted
+    assert "generator.bundled" not in identity(without.config)  # a row that generates nothing
+    assert "generator.bundled" in identity(without.config, kind="synthetic-only")
+    (tmp_path / "recipe.json").write_text("retrained")
+    monkeypatch.setattr(experiments, "bundled_generator", lambda *_: tmp_path)
+    assert [text.split("@")[0] for text in row.differences(stored)] == ["generator.bundled: 'digits-8px"]
+
+
+@pytest.mark.parametrize("folder", SETS, ids=lambda path: path.name)
+def test_every_set_finds_the_generators_that_it_uses(folder: Path) -> None:
+    for size in ("cpu", "paper"):
+        used = [identity(row.config, row.kind).get("generator.bundled", "") for row in read_rows([folder], size=size)]
+        assert not [name for name in used if str(name).endswith("@none")]
+
+
+def test_the_folder_that_one_stands_in_is_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "set", a=row_text())
+    monkeypatch.chdir(folder)
+    assert [row.name for row in read_rows([Path(".")])] == ["a"]
+
+
 def test_test_and_validation_are_not_mixed_in_a_table(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", a=row_text(), b=row_text("data.evaluate-on = 'validation'"))
     assert problems_of(folder)[0].startswith("data.evaluate-on: some rows are scored on test images and others on validation")
@@ -194,4 +223,4 @@ def test_the_ablation_adds_one_part_at_a_time() -> None:
         {"balancing.drop": 0.5},
         {"balancing.replay-period": 5},
     ]
-    assert sorted(row.config.balancing.replay_ratio for row in rows[4:]) == [0.0, 0.05, 0.1, 0.3, 1.0]
+    assert sorted(row.config.balancing.replay_ratio for row in rows[4:9]) == [0.0, 0.05, 0.1, 0.3, 1.0]

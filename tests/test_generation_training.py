@@ -13,7 +13,7 @@ from PIL import Image
 from test_generation_support import TINY, digits, two_class_parts
 
 from fbl_flower.errors import GeneratorError
-from fbl_flower.generation import folder
+from fbl_flower.generation import folder, training, training_checkpoint
 from fbl_flower.generation.augment import deform
 from fbl_flower.generation.diffusion import DiffusionGenerator
 from fbl_flower.generation.folder import quantize_generator
@@ -135,9 +135,27 @@ def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(folder, "save_quantized", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(GeneratorError, match=r"g cannot be written \(disk full\); free space"):
         train_generator(digits(), recipe=TINY, out=tmp_path / "g")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Training, "step", lambda self: pytest.fail("worked"))
+    with pytest.raises(GeneratorError, match="file/g cannot be written"):
+        train_generator(digits(), recipe=TINY, out=tmp_path / "file" / "g")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
+    def fail(_, file, *__):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(training_checkpoint, "save_file", fail)
+    with pytest.raises(GeneratorError, match=r"checkpoint\.safetensors cannot be written \(disk full\)"):
+        train_generator(digits(), recipe=TINY, out=tmp_path / "g", stop_after=0)
+    assert list((tmp_path / "g.training").iterdir()) == []
 
 
 PIECES = dataclasses.replace(TINY, steps=7)
@@ -147,23 +165,25 @@ def test_a_training_in_pieces_ends_with_the_weights_of_one_piece(tmp_path, monke
     whole = train_generator(digits(), recipe=PIECES, out=tmp_path / "whole")
     lines: list[str] = []
     arguments = {"recipe": PIECES, "out": tmp_path / "pieces", "checkpoint_every": 2, "progress": lines.append}
-    step = Training.step
 
-    def stops(error, at):
-        def stopping(self):
-            if self.steps_done == at:
+    def stop(error, after):
+        """Stop in the middle of a step: its draws are made, its weights are not."""
+        calls = iter(range(100))
+
+        def stopping(network, batch):
+            if next(calls) == after:
                 raise error
-            step(self)
+            return flow_loss(network, batch)
 
-        return stopping
+        monkeypatch.setattr(training, "flow_loss", stopping)
 
-    monkeypatch.setattr(Training, "step", stops(SystemExit(), 3))  # a kill: nothing is saved on the way out
+    stop(SystemExit(), 3)  # after steps 1, 2 and 3; the last checkpoint is of step 2
     with pytest.raises(SystemExit):
         train_generator(digits(), **arguments)
-    monkeypatch.setattr(Training, "step", stops(KeyboardInterrupt(), 5))  # Ctrl-C: what was done since is saved
+    stop(KeyboardInterrupt(), 3)  # after steps 3, 4 and 5
     with pytest.raises(KeyboardInterrupt):
         train_generator(digits(), **arguments)
-    monkeypatch.setattr(Training, "step", step)
+    monkeypatch.setattr(training, "flow_loss", flow_loss)
     assert train_generator(digits(), stop_after=0, **arguments) is None
     folder = tmp_path / "pieces.training"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.safetensors", "preview.png"]
@@ -172,17 +192,17 @@ def test_a_training_in_pieces_ends_with_the_weights_of_one_piece(tmp_path, monke
     info = train_generator(digits(), **arguments)
     assert info.files == whole.files and not folder.exists()
     assert [line for line in lines if line.startswith(("going on", "stopped"))] == [
-        "going on after step 2 of 7", "going on after step 5 of 7",
-        "stopped after step 5 of 7; the same command goes on", "going on after step 5 of 7",
+        "going on after step 2 of 7", "going on after step 4 of 7",
+        "stopped after step 4 of 7; the same command goes on", "going on after step 4 of 7",
     ]  # fmt: skip
 
 
 @pytest.mark.slow
 def test_a_compiled_network_learns_the_same_up_to_rounding():
     plain, compiled = Training(digits(), TINY), Training(digits(), TINY, compiled=True)
-    for training in (plain, compiled):
-        training.step()
-        training.step()
+    for one in (plain, compiled):
+        one.step()
+        one.step()
     assert plain.describe().split(",")[0] == compiled.describe().split(",")[0]  # step and loss, to four places
     states = plain.average.state_dict(), compiled.average.state_dict()
     assert states[0].keys() == states[1].keys()  # as a checkpoint names them

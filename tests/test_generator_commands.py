@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fbl_flower.cli import main
+from fbl_flower.cli import main, widths
+from fbl_flower.commands.generator import default_deformation
+from fbl_flower.data.info import DATASETS
 from fbl_flower.generation.recipe import read_info
 
 DIGITS = ["--data", "digits", "--threads", "1"]
@@ -43,6 +45,7 @@ def test_train_in_floats_then_quantize_and_compare(floats: Path, tmp_path: Path,
 
 
 def test_digits_are_deformed_and_photographs_are_not(floats: Path, tmp_path: Path) -> None:
+    assert (default_deformation(DATASETS["cifar10"]), default_deformation(DATASETS["digits"])) == (0, 1)
     assert read_info(floats).training.augmentation.rotation == 12
     options = ["--steps", "1", "--batch-size", "8", "--widths", "32", "--augmentation", "0.5"]
     assert main(["generator", "train", *DIGITS, *options, "--out", str(tmp_path / "g")]) == 0
@@ -53,4 +56,18 @@ def test_options_of_pipelines_are_refused_for_a_trained_generator(
     floats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generator", "quantize", str(floats), str(tmp_path / "g"), "--revision", "main"]) == 2
-    assert "--tiny-decoder, --revision: only for pipelines" in capsys.readouterr().err
+    assert "--tiny-decoder, --full-decoder, --revision, --dtype: only for pipelines" in capsys.readouterr().err
+
+
+def test_a_place_that_is_not_there_is_told_before_the_work(
+    floats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fbl_flower.commands.generator.measure_quality", lambda *_, **__: pytest.fail("worked"))
+    monkeypatch.setattr("fbl_flower.commands.bench.measure", lambda *_, **__: pytest.fail("worked"))
+    for command in (["generator", "quality"], ["bench", "generator"]):
+        assert main([*command, str(floats), *SMALL, "--out", str(tmp_path / "none" / "x.json")]) == 2
+        assert f"--out: no folder at {tmp_path / 'none'} for x.json" in capsys.readouterr().err
+
+
+def test_widths_may_repeat() -> None:
+    assert widths("64,128,128") == (64, 128, 128)

@@ -253,7 +253,9 @@ def test_a_hub_name_is_read_at_one_commit(tmp_path, small_source):
     (model / "refs" / "main").write_text(commit)
     for revision in ([], ["--revision", commit]):
         out = tmp_path / f"sd{len(revision)}"
-        done = run_command("somebody/small", out, *revision, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+        done = run_command(
+            "somebody/small", out, "--full-decoder", *revision, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"
+        )
         assert done.returncode == 0, done.stderr
         recipe = json.loads((out / "recipe.json").read_text())
         assert (recipe["source"], recipe["revision"]) == ("somebody/small", commit)
@@ -272,6 +274,20 @@ def test_an_interruption_leaves_nothing(tmp_path, source, monkeypatch, component
     with pytest.raises(KeyboardInterrupt):
         quantize_pipeline(str(source), tmp_path / "sd")
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_full_decoder_is_replaced_unless_told_otherwise(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(pipeline_store, "_TINY_DECODER", str(save_tiny_decoder(tmp_path / "taesd")))
+    info = quantize_pipeline(str(source), tmp_path / "sd", tiny_decoder="auto")
+    assert (info.components["vae"], info.tiny_decoder) == ("AutoencoderTiny", "taesd")
+    monkeypatch.setattr(pipeline_store, "_TINY_DECODER", str(tmp_path / "gone"))
+    messages = "cannot be loaded as AutoencoderTiny", "; or give --tiny-decoder DIR, or --full-decoder"
+    fails(source, tmp_path / "sd2", *messages, tiny_decoder="auto")
+
+
+def test_an_index_that_is_no_object(tmp_path, source):
+    (source / "model_index.json").write_text("[]")
+    fails(source, tmp_path / "sd", "is no pipeline: its model_index.json is")
 
 
 def test_the_command(tmp_path, source, capsys):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fbl_flower.commands.generator import configuration_of
+from fbl_flower.commands.generator import check_parent, configuration_of
 from fbl_flower.config import RunConfig, flatten, parse_config
 from fbl_flower.data.datasets import load_parts
 from fbl_flower.data.examples import concatenate
@@ -42,7 +42,7 @@ class Measurement:
         threads: Of torch.
         limit_mb: Most private memory, in MiB; 0: no limit.
         seconds: Of the task itself, on the clock; None if it failed.
-        load_seconds: Of loading data and generator, before it.
+        load_seconds: Of loading data and generator, and making one batch, before it.
         peak_mb: Largest resident set of the process, in MiB.
         problem: Why it failed; empty otherwise.
     """
@@ -70,8 +70,10 @@ def bench_generator(
         tell: Whether to print.
 
     Raises:
+        ConfigError: `out` has no folder to lie in.
         RunFailed: A task failed without any limit.
     """
+    check_parent(out)
     found = []
     for count, limit in ((threads, 0), *((1, limit) for limit in _SMALL_BOARDS_MB)):
         for task, number in (("generate", num_images), ("epoch", epoch_images)):
@@ -169,6 +171,7 @@ def _run_job(job: dict[str, Any]) -> dict[str, Any]:
     parts, number = load_parts(config.data), job["number"]
     if job["task"] == "generate":
         generator = load_generator(config, parts)
+        generator.generate([0], [0])  # loads the network
         loaded = time.perf_counter()
         labels = [place % parts.info.num_classes for place in range(number)]
         generator.generate(labels, [derive(config.seed, "bench", place) for place in range(number)])

@@ -11,12 +11,16 @@ from typing import Any
 
 from fbl_flower.commands.experiment_files import read_layers
 from fbl_flower.config import RunConfig, Value, flatten, parse_config, to_toml
+from fbl_flower.data.info import DATASETS
 from fbl_flower.errors import ConfigError
+from fbl_flower.generation.loading import bundled_generator
+from fbl_flower.generation.recipe import RECIPE
 
 KINDS = ("federation", "public-only", "synthetic-only")
 _GIVEN_BY_THE_SWEEP = ("seed", "num-threads", "output-dir", "resume", "pictures")
 # What says where things lie or when they are saved, and changes no number of a result.
 _NO_NUMBERS = ("data.path", "state-dir", "checkpoint-every", "timeout")
+_BUNDLED = "generator.bundled"  # no setting: the content of the generator that comes with the package, where that is used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +67,10 @@ class Row:
 
     def differences(self, stored: dict[str, Any]) -> list[str]:
         """Name the settings in which a stored result was made otherwise; one that is newer than the result had its default."""
-        now: dict[str, Any] = {"kind": self.kind} | identity(self.config)
-        before = {"kind": stored.get("kind")} | identity(RunConfig()) | stored.get("config", {})
+        now: dict[str, Any] = {"kind": self.kind} | identity(self.config, self.kind)
+        defaults = identity(RunConfig())
+        defaults.pop(_BUNDLED, None)  # results of before it was noted say nothing of it
+        before = {"kind": stored.get("kind")} | defaults | stored.get("config", {})
         return [
             f"{key}: {before[key]!r}, now {now.get(key, 'gone')!r}"
             for key in before
@@ -72,15 +78,27 @@ class Row:
         ]
 
 
-def identity(config: RunConfig) -> dict[str, Value]:
-    """Return the settings that decide a result's numbers; a generator's folder is named by its content, not by where it lies."""
+def identity(config: RunConfig, kind: str = "federation") -> dict[str, Value]:
+    """Return the settings that decide a result's numbers; a generator is named by its content, not by where it lies."""
     settings = {key: value for key, value in flatten(config).items() if key not in (*_GIVEN_BY_THE_SWEEP, *_NO_NUMBERS)}
     if config.generator.path:
         folder = Path(config.generator.path).expanduser()
-        recipe = folder / "recipe.json"  # holds the digests of the other files
-        digest = hashlib.sha256(recipe.read_bytes()).hexdigest()[:12] if recipe.is_file() else "none"
-        settings["generator.path"] = f"{folder.name}@{digest}"
+        settings["generator.path"] = f"{folder.name}@{_digest(folder)}"
+    elif _generates(config, kind) and (info := DATASETS.get(config.generator.trained_on or config.data.name)):
+        folder = bundled_generator(info.name, config.data.image_size or info.image_size)
+        settings[_BUNDLED] = f"{folder.name}@{_digest(folder)}"
     return settings
+
+
+def _generates(config: RunConfig, kind: str) -> bool:
+    fills = config.balancing.enabled and config.balancing.filling
+    wanted = kind == "synthetic-only" or (kind == "federation" and (fills or config.warm_start.enabled))
+    return wanted and config.generator.name == "diffusion"
+
+
+def _digest(folder: Path) -> str:
+    recipe = folder / RECIPE  # holds the digests of the other files
+    return hashlib.sha256(recipe.read_bytes()).hexdigest()[:12] if recipe.is_file() else "none"
 
 
 def read_rows(
@@ -104,10 +122,10 @@ def read_rows(
     problems: list[str] = []
     files: list[Path] = []
     for path in paths:
-        found = [file for file in sorted(path.glob("*.toml")) if file.name[0] != "_"] if path.is_dir() else [path]
+        found = [file for file in sorted(path.glob("*.toml")) if not file.name.startswith("_")] if path.is_dir() else [path]
         if not found:
             problems.append(f"{path}: no .toml file with a row in this folder")
-        if path.name[0] == "_":
+        if path.name.startswith("_"):
             problems.append(f"{path}: holds what rows share, and is no row")
         files += [file for file in found if file not in files]
     rows = []

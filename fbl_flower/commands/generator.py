@@ -19,11 +19,12 @@ from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.data.batches import to_float
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import Examples
+from fbl_flower.data.info import DataInfo
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError
 from fbl_flower.generation.folder import quantize_generator
 from fbl_flower.generation.loading import generator_folder, load_generator
-from fbl_flower.generation.pipeline_store import quantize_pipeline
+from fbl_flower.generation.pipeline_store import AUTO, quantize_pipeline
 from fbl_flower.generation.quality import Classifier, Quality, compare, measure_quality
 from fbl_flower.generation.recipe import Augmentation, TrainingRecipe, is_trained
 from fbl_flower.generation.training import train_generator
@@ -41,7 +42,7 @@ def train(options: argparse.Namespace) -> None:
     parts = load_parts(config.data)
     torch.set_num_threads(options.threads)
     asked = {name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate", "widths", "seed")}
-    deformed = options.augmentation if options.augmentation is not None else 0.0 if parts.info.flip else 1.0
+    deformed = default_deformation(parts.info) if options.augmentation is None else options.augmentation
     recipe = TrainingRecipe(
         **{name: value for name, value in asked.items() if value is not None}, augmentation=Augmentation().scaled(deformed)
     )
@@ -67,10 +68,16 @@ def train(options: argparse.Namespace) -> None:
     print(f"{out}: trained in {info.wall_seconds:.0f} s ({info.cpu_seconds:.0f} s of processor time)")
 
 
+def default_deformation(info: DataInfo) -> float:
+    """Return by how much the ranges of the augmentation are multiplied: images that may be mirrored are photographs, which bend oddly."""
+    return 0.0 if info.flip else 1.0
+
+
 def quality(options: argparse.Namespace) -> None:
     """Measure generators; print a table for each, and one that compares them."""
     folders = options.folders or [None]
     configs = [configuration_of(options, folder=folder) for folder in folders]
+    check_parent(options.out)
     if options.epochs < 1:
         raise ConfigError([f"--epochs: got {options.epochs}; allowed: whole number >= 1"])
     parts = load_parts(configs[0].data)
@@ -103,7 +110,9 @@ def _train_classifier(
     config: RunConfig, parts: DataParts, epochs: int, known: dict[tuple[str, int], Classifier], examples: Examples, seed: int
 ) -> Classifier:
     """Train the run's network, as `TrainClassifier` wants; `known` holds those trained before, by their images and seed."""
-    key = hashlib.sha256(examples.images.numpy().tobytes()).hexdigest(), seed
+    digest = hashlib.sha256(examples.images.numpy().tobytes())
+    digest.update(examples.labels.numpy().tobytes())
+    key = digest.hexdigest(), seed
     if key in known:
         return known[key]
     model = train_centrally(config, parts, examples, epochs=epochs, seed=seed).eval()
@@ -145,8 +154,12 @@ def quantize(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     source = Path(options.source).expanduser()
     if is_trained(source):
-        if options.tiny_decoder or options.revision:
-            raise ConfigError(["--tiny-decoder, --revision: only for pipelines; the source is a generator trained here"])
+        if options.tiny_decoder != AUTO or options.full_decoder or options.revision or options.dtype:
+            raise ConfigError(
+                [
+                    "--tiny-decoder, --full-decoder, --revision, --dtype: only for pipelines; the source is a generator trained here"
+                ]
+            )
         quantize_generator(source, options.dest.expanduser(), weights=options.weights)
         print(f"{options.dest}: {_size(options.dest.expanduser()) / 1e6:.2f} MB; {source} has {_size(source) / 1e6:.2f} MB")
         return
@@ -154,9 +167,9 @@ def quantize(options: argparse.Namespace) -> None:
         options.source,
         options.dest,
         weights=options.weights,
-        tiny_decoder=options.tiny_decoder,
+        tiny_decoder="" if options.full_decoder else options.tiny_decoder,
         revision=options.revision,
-        dtype=options.dtype,
+        dtype=options.dtype or "bf16",
         progress=lambda line: print(line, flush=True),
     )
     num, size = sum(info.num_parameters.values()), _size(options.dest.expanduser())
@@ -168,6 +181,12 @@ def quantize(options: argparse.Namespace) -> None:
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def check_parent(out: Path | None) -> None:
+    """Refuse a file to write, before any work, if the folder that it is to lie in is not there."""
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError([f"--out: no folder at {out.parent} for {out.name}; make it, or choose another"])
 
 
 def configuration_of(options: argparse.Namespace, *, folder: Path | None = None, found: Sequence[str] = ()) -> RunConfig:

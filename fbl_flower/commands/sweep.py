@@ -94,6 +94,10 @@ def sweep_command(
         raise ConfigError(problems)
     forget_parts()  # the jobs read the data themselves, and need the memory
     out = out or default_out(rows)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"--out: {out} cannot be made or is no folder ({error.strerror}); choose another"]) from error
     failed = run_sweep(rows, seeds, out=out, num_jobs=num_jobs)
     write_pictures(rows, seeds, out)
     print((out / "table.md").read_text(encoding="utf-8"))

@@ -56,7 +56,7 @@ def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
         "seconds": round(earlier + time.perf_counter() - begin, 1),
         "peak_bytes": memory[1] if memory else None,
         **measured,
-        "config": identity(config) | {"seed": seed},
+        "config": identity(config, row.kind) | {"seed": seed},
     }
 
 

@@ -105,7 +105,8 @@ class DiffusionGenerator:
             raise GeneratorError("; ".join(problems))
         config = read_network_config(folder)
         return cls(
-            lambda: dequantize_(load_quantized(lambda: build_network(config), folder, device=device)), info,
+            # unpacked on the CPU: on a GPU, quanto would compile a kernel first
+            lambda: dequantize_(load_quantized(lambda: build_network(config), folder)).to(device), info,
             steps=steps, guidance=guidance, batch_size=batch_size, memory_limit=memory_limit, device=device,
         )  # fmt: skip
 

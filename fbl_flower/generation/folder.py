@@ -16,6 +16,18 @@ from fbl_flower.generation.quantization import BITS, LAYERS, WEIGHTS, load_quant
 from fbl_flower.generation.recipe import NETWORK, GeneratorInfo, check_files, file_sha256, read_info, write_info
 
 
+def make_parent(out: Path) -> None:
+    """Make the folder that `out` is going to lie in.
+
+    Raises:
+        GeneratorError: It cannot be made.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
 def write_generator(network: nn.Module, info: GeneratorInfo, *, out: Path, weights: str) -> GeneratorInfo:
     """Write a network and its recipe as the folder `out`, whole or not at all.
 
@@ -27,10 +39,16 @@ def write_generator(network: nn.Module, info: GeneratorInfo, *, out: Path, weigh
 
     Returns:
         What was written to `recipe.json`.
+
+    Raises:
+        GeneratorError: The disk is full, or may not be written.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    from safetensors import SafetensorError
+
+    make_parent(out)
+    folder = out
     try:
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
         network.save_config(folder)  # type: ignore[operator]  # diffusers' own
         save_quantized(quantize_(network, weights=BITS[weights]) if weights in BITS else network, folder)
         info = replace(info, weights=weights, files={name: file_sha256(folder / name) for name in (NETWORK, WEIGHTS, LAYERS)})
@@ -39,9 +57,18 @@ def write_generator(network: nn.Module, info: GeneratorInfo, *, out: Path, weigh
         for file in folder.iterdir():
             file.chmod(0o644)
         os.rename(folder, out)
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(out, error) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder != out:
+            shutil.rmtree(folder, ignore_errors=True)
     return info
+
+
+def _unwritable(out: Path, error: Exception) -> GeneratorError:
+    return GeneratorError(
+        f"generator: {out} cannot be written ({error}); free space, mend its permissions, or choose another folder"
+    )
 
 
 def quantize_generator(source: Path, out: Path, *, weights: str) -> GeneratorInfo:

@@ -21,6 +21,8 @@ from fbl_flower.generation.recipe import file_sha256
 from fbl_flower.generation.text_to_image_recipe import COMPONENTS, DTYPES, WEIGHTS, PipelineInfo, write_pipeline_info
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "optimum-quanto")
+AUTO = "auto"  # the tiny decoder below, where the pipeline has a full one
+_TINY_DECODER = "madebyollin/taesd"  # for the latents of Stable Diffusion 1 and 2
 _IGNORED = {"safety_checker", "feature_extractor", "image_encoder"}  # parts of a pipeline that have no say in the pixels
 
 
@@ -41,7 +43,8 @@ def quantize_pipeline(
         out: The folder to make. It appears whole or not at all.
         weights: 4bit, 8bit or none, for UNet and text encoder. The autoencoder always stays in float.
         tiny_decoder: Hub name or directory of an AutoencoderTiny to store instead of the pipeline's own autoencoder: with a
-            thirtieth of its weights, it decodes in an eighteenth of the operations.
+            thirtieth of its weights, it decodes in an eighteenth of the operations. "auto": TAESD from the hub, unless the pipeline has a
+            tiny one; empty: the pipeline's own.
         revision: Commit, branch or tag of the source on the hub.
         dtype: bf16 or fp32, of everything that is not quantised.
         progress: Is given a line of text for each component.
@@ -60,8 +63,11 @@ def quantize_pipeline(
             raise GeneratorError(f"quantize: {name}: got {value!r}; allowed: {' | '.join(allowed)}")
     if out.exists():
         raise GeneratorError(f"quantize: {out} is there already; remove it, or choose another folder")
-    source, tiny_decoder = _local(source), _local(tiny_decoder)
+    source, tiny_decoder = _local(source), tiny_decoder if tiny_decoder == AUTO else _local(tiny_decoder)
     classes, commit = _read_index(source, revision)
+    chosen_here = tiny_decoder == AUTO
+    if chosen_here:
+        tiny_decoder = _TINY_DECODER if classes["vae"] == "AutoencoderKL" else ""
     if tiny_decoder:
         classes["vae"] = "AutoencoderTiny"
     shape = _Shape()
@@ -79,13 +85,18 @@ def quantize_pipeline(
             if progress:
                 progress(f"{component}: {classes[component]}")
             tiny = component == "vae" and tiny_decoder
-            model = read_source(
-                tiny_decoder if tiny else source,
-                None if tiny else component,
-                classes[component],
-                revision=None if tiny else commit,
-                dtype=DTYPE[dtype],
-            )
+            try:
+                model = read_source(
+                    tiny_decoder if tiny else source,
+                    None if tiny else component,
+                    classes[component],
+                    revision=None if tiny else commit,
+                    dtype=DTYPE[dtype],
+                )
+            except GeneratorError as error:
+                if tiny and chosen_here:
+                    raise GeneratorError(f"{error}; or give --tiny-decoder DIR, or --full-decoder") from error
+                raise
             shape.note(component, model, source)
             save_component(
                 model,
@@ -187,6 +198,8 @@ def _read_index(source: str, revision: str | None) -> tuple[dict[str, str], str 
             f"quantize: {source} cannot be read from the hub ({type(error).__name__}): no such model, no access, or no network; "
             "correct the name, or download it where there is a network and give the local directory"
         ) from error
+    if not isinstance(index, dict):
+        raise GeneratorError(f"quantize: {source} is no pipeline: its model_index.json is no object; give the directory of one")
     parts = {
         name: value[1] for name, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2 and value[1]
     }

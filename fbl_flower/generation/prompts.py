@@ -29,12 +29,20 @@ _FASHION = (
 
 _TEMPLATES = {
     "mnist5k": _DIGIT, "mnist": _DIGIT, "digits": _DIGIT, "eurosat": _SATELLITE, "fashion-mnist": _FASHION,
-    "cifar10": _PHOTO, "tiny-imagenet": _PHOTO,
+    "cifar10": _PHOTO, "cifar100": _PHOTO, "tiny-imagenet": _PHOTO,
 }  # fmt: skip
 
 # What a class is called in a prompt where its own name is short, ambiguous, or no English; other names are taken as they are.
 _NAMES: Mapping[str, Mapping[str, str]] = {
     "cifar10": {"automobile": "car", "deer": "deer, animal", "frog": "frog, animal", "truck": "lorry truck"},
+    "cifar100": {
+        "bed": "bed, furniture", "beetle": "beetle, insect", "bowl": "bowl, dish", "can": "tin can",
+        "crab": "crab, animal", "keyboard": "computer keyboard",
+        "mouse": "mouse, animal", "orange": "orange, fruit", "orchid": "orchid flower", "pear": "pear, fruit",
+        "plain": "plain, grassland", "plate": "plate, dish", "ray": "stingray fish", "rose": "rose flower", "seal": "seal, animal",
+        "skunk": "skunk, animal", "tank": "tank, military vehicle", "train": "railway train",
+        "turtle": "turtle, animal", "worm": "earthworm",
+    },
     "eurosat": {
         "annualcrop": "annual crop land", "forest": "forest", "herbaceousvegetation": "brushland", "highway": "highway or road",
         "industrial": "industrial buildings", "pasture": "pasture land", "permanentcrop": "permanent crop land",
@@ -44,7 +52,11 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
         "tshirttop": "T-shirt", "tshirt": "T-shirt", "trouser": "pair of trousers", "pullover": "pullover sweater",
         "sandal": "sandal shoe", "bag": "handbag",
     },
-    "tiny-imagenet": {"crane": "construction crane", "drumstick": "drumstick for a drum", "nail": "metal nail"},
+    "tiny-imagenet": {
+        "brass": "brass memorial plaque", "chest": "wooden chest", "crane": "construction crane", "drumstick": "drumstick for a drum",
+        "monarch": "monarch butterfly", "nail": "metal nail", "organ": "pipe organ", "plate": "plate of food", "reel": "fishing reel",
+        "tabby": "tabby cat", "torch": "burning torch",
+    },
 }  # fmt: skip
 
 

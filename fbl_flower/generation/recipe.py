@@ -102,8 +102,9 @@ class GeneratorInfo:
         public_sha256: `DataParts.public_sha256` of the training images.
         num_images: How many they were.
         training: The hyper-parameters.
-        wall_seconds, cpu_seconds, num_threads: What the training took.
+        wall_seconds, cpu_seconds, num_threads: What the steps of the training took, without checkpoints and previews.
         versions: Of the libraries.
+        device, compiled: Where it ran, and whether torch compiled the network; both round differently.
         weights: 4bit, 8bit or none (32-bit floats).
         files: SHA-256 of every other file of the folder, by name.
     """
@@ -119,6 +120,8 @@ class GeneratorInfo:
     cpu_seconds: float
     num_threads: int
     versions: Mapping[str, str]
+    device: str = "cpu"
+    compiled: bool = False
     weights: str = "4bit"
     files: Mapping[str, str] = field(default_factory=dict)
 

@@ -24,7 +24,7 @@ from fbl_flower.data.datasets import DataParts
 from fbl_flower.device import autocast, keep_freed_memory
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.augment import deform
-from fbl_flower.generation.folder import write_generator
+from fbl_flower.generation.folder import make_parent, write_generator
 from fbl_flower.generation.network import build_network, network_config, patch_of
 from fbl_flower.generation.preview import write_preview
 from fbl_flower.generation.recipe import GeneratorInfo, TrainingRecipe
@@ -60,7 +60,7 @@ def train_generator(
         weights: What to store them in: 4bit, 8bit or none, which is 32-bit floats; `quantize_generator` takes those later.
         device: "cpu" or "cuda". Every draw is made on the CPU.
         compiled: Let torch compile the network first: minutes, and a C++ compiler, for shorter steps. Rounds differently.
-        checkpoint_every: Steps between checkpoints; a kill loses fewer than these.
+        checkpoint_every: Steps between checkpoints; a kill or Ctrl-C loses fewer than these.
         stop_after: Seconds after which to stop with a checkpoint.
         progress: Is given a line of text now and then: step, loss, seconds left.
 
@@ -68,11 +68,12 @@ def train_generator(
         What was written to `recipe.json`; None if `stop_after` ended the training before its last step.
 
     Raises:
-        GeneratorError: `out` is there already, a class has no public image, the recipe does not fit the images, or the checkpoint
+        GeneratorError: `out` is there already or cannot be written, a class has no public image, the recipe does not fit the images, or the checkpoint
             is damaged or another training's.
     """
     if out.exists():
         raise GeneratorError(f"generator: {out} is there already; remove it, or choose another folder")
+    make_parent(out)  # now, and not after hours
     counts = parts.public.counts(parts.info.num_classes)
     if lacking := [name for name, count in zip(parts.info.class_names, counts.tolist(), strict=True) if not count]:
         raise GeneratorError(f"generator: no public image of {', '.join(lacking)}; use more public images (data.num-public)")
@@ -81,23 +82,19 @@ def train_generator(
     if training.restore(checkpoint):
         _tell(progress, f"going on after step {training.steps_done} of {recipe.steps}")
     started = time.perf_counter()
-    try:
-        while training.steps_done < recipe.steps and time.perf_counter() - started < stop_after:
-            training.step()
-            if training.steps_done % checkpoint_every == 0:
-                training.save(checkpoint)
-            if training.steps_done % max(1, recipe.steps // _REPORTS) == 0 or training.steps_done == recipe.steps:
-                _tell(progress, training.describe())
-    except KeyboardInterrupt:
-        training.save(checkpoint)
-        raise
+    # an interruption saves nothing: it comes in the middle of a step, whose draws and weights would not belong together
+    while training.steps_done < recipe.steps and time.perf_counter() - started < stop_after:
+        training.step()
+        if training.steps_done % checkpoint_every == 0:
+            training.save(checkpoint)
+        if training.steps_done % max(1, recipe.steps // _REPORTS) == 0 or training.steps_done == recipe.steps:
+            _tell(progress, training.describe())
     if training.steps_done < recipe.steps:
         training.save(checkpoint)
         _tell(progress, f"stopped after step {training.steps_done} of {recipe.steps}; the same command goes on")
         return None
-    info = write_generator(
-        training.average.cpu(), _info_of(parts, recipe=recipe, spent=training.spent), out=out, weights=weights
-    )
+    described = _info_of(parts, recipe=recipe, spent=training.spent, device=device, compiled=compiled)
+    info = write_generator(training.average.cpu(), described, out=out, weights=weights)
     checkpoint.remove()
     return info
 
@@ -201,7 +198,7 @@ def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _info_of(parts: DataParts, *, recipe: TrainingRecipe, spent: Spent) -> GeneratorInfo:
+def _info_of(parts: DataParts, *, recipe: TrainingRecipe, spent: Spent, device: str, compiled: bool) -> GeneratorInfo:
     """Describe a generator whose files are not yet written."""
     return GeneratorInfo(
         data_name=parts.info.name,
@@ -214,6 +211,8 @@ def _info_of(parts: DataParts, *, recipe: TrainingRecipe, spent: Spent) -> Gener
         wall_seconds=round(spent.wall, 1),
         cpu_seconds=round(spent.cpu, 1),
         num_threads=torch.get_num_threads(),
+        device=device,
+        compiled=compiled,
         versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "optimum-quanto")},
     )
 

@@ -53,8 +53,11 @@ class TrainingCheckpoint:
         self._identity = {"recipe": json.dumps(dataclasses.asdict(recipe)), "public_sha256": public_sha256}
 
     def write(self, tensors: Mapping[str, torch.Tensor], *, steps_done: int, losses: Sequence[float], spent: Spent) -> None:
-        """Replace the checkpoint, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Replace the checkpoint, whole or not at all.
+
+        Raises:
+            GeneratorError: The disk is full, or may not be written.
+        """
         numbers = {
             "steps_done": str(steps_done),
             "losses": json.dumps(list(losses)),
@@ -62,10 +65,16 @@ class TrainingCheckpoint:
         }
         part = self.file.with_suffix(".part")
         # two names for the same memory are refused: the copies make each its own
-        save_file(
-            {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, part, {**self._identity, **numbers}
-        )
-        os.replace(part, self.file)
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(copies, part, {**self._identity, **numbers})
+            os.replace(part, self.file)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise GeneratorError(
+                f"generator: {self.file} cannot be written ({error}); free space or mend its permissions, and give the same command again"
+            ) from error
 
     def read(self) -> SavedTraining | None:
         """Return the checkpoint, or None where there is none.
