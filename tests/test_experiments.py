@@ -170,7 +170,10 @@ def test_a_packaged_generator_that_changed_makes_other_results(monkeypatch: pyte
 @pytest.mark.parametrize("folder", SETS, ids=lambda path: path.name)
 def test_every_set_finds_the_generators_that_it_uses(folder: Path) -> None:
     for size in ("cpu", "paper"):
-        used = [identity(row.config, row.kind).get("generator.bundled", "") for row in read_rows([folder], size=size)]
+        used = [
+            identity(row.config, row.kind).get("generator.bundled", "")
+            for row in read_rows([folder], size=size, overrides={"data.path": "/data"})
+        ]
         assert not [name for name in used if str(name).endswith("@none")]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from fbl_flower.config import RunConfig, TrainConfig
 from fbl_flower.config.methods import METHODS, FedGenConfig
+from fbl_flower.data.batches import to_float
 from fbl_flower.data.examples import Examples
 from fbl_flower.errors import ConfigError
 from fbl_flower.methods.base import LocalMethod, Step
@@ -102,6 +103,18 @@ def test_two_proximal_steps_by_hand() -> None:
     assert loss == 0.0
 
 
+def test_the_larger_mu_the_less_a_client_drifts() -> None:
+    """A client sees one image, 90 % of the time as class 0. Where its steps end, gradient and pull cancel: mu (w - 0) = 0.9 - p."""
+    drift = []
+    for mu in (0.0, 0.1, 1.0, 5.0):
+        model = linear(1, 2)
+        fit(model, CROWDS[0], FedProx(mu=mu), batch_size=10, epochs=1000)
+        bias, p = model.head.bias[0].item(), probability_of_class_0(model)
+        assert mu * bias == pytest.approx(0.9 - p, abs=1e-4)
+        drift.append(bias)
+    assert drift == sorted(drift, reverse=True) and drift[0] > 2 * drift[-1] > 0
+
+
 # MOON
 
 
@@ -131,6 +144,24 @@ def test_in_its_first_round_the_contrast_pulls_nowhere() -> None:
     penalty.backward()
     assert penalty.item() == pytest.approx(math.log(2), abs=1e-6)
     assert model.features[1].weight.grad.abs().max() < 1e-7  # type: ignore[union-attr, operator]
+
+
+def test_the_contrast_keeps_features_near_the_received_model() -> None:
+    """From z = z_received = x, with z_previous = -x: the labels alone turn z, and l_con is least where it points as x does."""
+    images = Examples.real(torch.tensor([[255, 100], [200, 150]], dtype=torch.uint8).view(2, 1, 1, 2), torch.tensor([0, 1]))
+    x = to_float(images.images).flatten(1)
+    cosines = []
+    for mu in (0.0, 1.0):
+        model = rotated([[1, 0], [0, 1]])
+        with torch.no_grad():
+            model.head.weight.copy_(torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
+            model.head.bias.zero_()
+        method = Moon(mu=mu, temperature=0.5, previous=rotated([[-1, 0], [0, -1]]).state_dict())
+        fit(model, images, method, epochs=100, learning_rate=0.2)
+        with torch.no_grad():
+            z = x @ model.features[1].weight.T  # type: ignore[union-attr, operator]
+        cosines.append(nn.functional.cosine_similarity(z, x).mean().item())
+    assert cosines[1] > cosines[0] + 0.3
 
 
 def test_the_other_models_of_the_contrast_stay_as_they_are() -> None:
@@ -283,6 +314,19 @@ def test_the_latent_loss_by_hand() -> None:
     penalty = method.penalty(step_of(model, torch.ones(3, 1, 1, 2), [0, 0, 1]))
     assert penalty is not None and penalty.item() == pytest.approx(0.5 * math.log1p(math.exp(-2)), abs=1e-6)
     assert method.finish(model).sent[LABEL_COUNTS].tolist() == [2, 1]
+
+
+def test_a_client_learns_a_class_that_it_lacks_from_the_generator() -> None:
+    """It has class 0 only, with features (1, 1); the others' class 1 has the features (0, 2), says the generator."""
+    others = torch.tensor([[0.0, 2.0]])
+    received = fixed_generator([0.0, 2.0]) | {LABEL_PRIOR: np.array([0.0, 1.0], np.float32)}
+    predicted = []
+    for method in (FEDAVG, FedGen(weight=1.0, received=received, rng=torch_stream(0, "fedgen"))):
+        model = linear(2, 2)
+        fit(model, white([0] * 8, num_pixels=2), method, epochs=50)
+        with torch.no_grad():
+            predicted.append([model.head(features).argmax(1).item() for features in (torch.ones(1, 2), others)])
+    assert predicted == [[0, 0], [0, 1]]
 
 
 def test_without_a_generator_there_is_no_latent_loss() -> None:
