@@ -24,6 +24,7 @@ from fbl_flower.seeding import torch_stream
 
 BUNDLED = Path(__file__).parents[1] / "fbl_generators"
 REAL_CIFAR10 = Path(os.environ.get("FBL_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10.parquet"
+CIFAR10_PUBLIC = "1118ec88019ed8f7ee852f163dd0afbb780963652b9d2ecf94bfc78886a62d9a"  # of the JPEG copy
 REAL_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -208,7 +209,12 @@ def test_facts_about_the_data_sets() -> None:
         assert 0 < info.num_validation < info.num_public < info.num_private
 
 
-# (that of CIFAR-10 is checked below, where its files are read)
+def test_the_generator_of_cifar10_was_trained_on_the_public_part_of_the_jpeg_copy() -> None:
+    """The slow test below finds the same digest in the file itself."""
+    recipe = json.loads((BUNDLED / "cifar10-32px" / "recipe.json").read_text(encoding="utf-8"))
+    assert (recipe["public_sha256"], recipe["num_images"], recipe["weights"]) == (CIFAR10_PUBLIC, 9_000, "4bit")
+
+
 @pytest.mark.parametrize(
     "folder",
     sorted(path for path in BUNDLED.glob("*/recipe.json") if "cifar10" not in path.parent.name),
@@ -389,5 +395,5 @@ def test_some_rows_of_the_real_cifar10_file(tmp_path: Path) -> None:
 def test_the_whole_cifar10_file_is_cut_as_in_the_published_results() -> None:
     parts = load_parts(DataConfig(name="cifar10", path=str(REAL_CIFAR10)))
     assert [len(p) for p in (parts.test, parts.public, parts.validation, parts.private)] == [10_000, 9_000, 1_000, 40_000]
-    assert parts.public_sha256 == "1118ec88019ed8f7ee852f163dd0afbb780963652b9d2ecf94bfc78886a62d9a"
+    assert parts.public_sha256 == CIFAR10_PUBLIC
     assert parts.private.counts(10).tolist() == [4_000] * 10

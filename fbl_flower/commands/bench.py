@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ import torch
 
 from fbl_flower.commands.generator import check_parent, configuration_of
 from fbl_flower.config import RunConfig, flatten, parse_config
-from fbl_flower.data.datasets import load_parts
+from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import concatenate
 from fbl_flower.errors import ConfigError, FBLError, RunFailed
 from fbl_flower.generation.loading import check_generator, load_generator
+from fbl_flower.generation.memory import is_out_of_memory
 from fbl_flower.seeding import derive
 from fbl_flower.training.central import train_centrally
 
@@ -42,7 +45,7 @@ class Measurement:
         threads: Of torch.
         limit_mb: Most private memory, in MiB; 0: no limit.
         seconds: Of the task itself, on the clock; None if it failed.
-        load_seconds: Of loading data and generator, and making one batch, before it.
+        load_seconds: Of loading images and generator, and making one batch, before it.
         peak_mb: Largest resident set of the process, in MiB.
         problem: Why it failed; empty otherwise.
     """
@@ -74,10 +77,11 @@ def bench_generator(
         RunFailed: A task failed without any limit.
     """
     check_parent(out)
+    parts = load_parts(config.data)
     found = []
     for count, limit in ((threads, 0), *((1, limit) for limit in _SMALL_BOARDS_MB)):
         for task, number in (("generate", num_images), ("epoch", epoch_images)):
-            one = measure(config, task=task, number=number, threads=count, limit_mb=limit)
+            one = measure(config, parts, task=task, number=number, threads=count, limit_mb=limit)
             if one.problem and not limit:
                 raise RunFailed(f"bench: {task} failed: {one.problem}")
             found.append(one)
@@ -99,16 +103,24 @@ def bench_generator(
     return found
 
 
-def measure(config: RunConfig, *, task: str, number: int, threads: int, limit_mb: int = 0) -> Measurement:
-    """Run one task in a process of its own."""
-    job = {"task": task, "number": number, "threads": threads, "limit_mb": limit_mb, "config": flatten(config)}
-    done = subprocess.run(
-        [sys.executable, "-m", "fbl_flower.commands.bench"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
-    )
+def measure(config: RunConfig, parts: DataParts, *, task: str, number: int, threads: int, limit_mb: int = 0) -> Measurement:
+    """Run one task in a process of its own, which is given the images that the task needs: a client has no whole data set."""
+    nothing = parts.test.take(torch.zeros(0, dtype=torch.int64))
+    needed = replace(parts, test=nothing, validation=nothing, private=nothing)
+    if task == "epoch":
+        pool = concatenate(parts.public, parts.private)
+        needed = replace(needed, public=nothing, private=pool.take(torch.arange(number) % len(pool)))
+    with tempfile.TemporaryDirectory(prefix="fbl-bench-") as folder:
+        images = Path(folder, "images.pickle")
+        images.write_bytes(pickle.dumps(needed))
+        job = {"task": task, "number": number, "threads": threads, "limit_mb": limit_mb, "images": str(images)}
+        done = subprocess.run(
+            [sys.executable, "-m", "fbl_flower.commands.bench"],
+            input=json.dumps(job | {"config": flatten(config)}),
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+        )
     try:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -168,7 +180,8 @@ def _run_job(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     torch.set_num_threads(job["threads"])
     config = parse_config(job["config"])
-    parts, number = load_parts(config.data), job["number"]
+    parts: DataParts = pickle.loads(Path(job["images"]).read_bytes())  # written by `measure`, a moment ago
+    number = job["number"]
     if job["task"] == "generate":
         generator = load_generator(config, parts)
         generator.generate([0], [0])  # loads the network
@@ -176,10 +189,8 @@ def _run_job(job: dict[str, Any]) -> dict[str, Any]:
         labels = [place % parts.info.num_classes for place in range(number)]
         generator.generate(labels, [derive(config.seed, "bench", place) for place in range(number)])
     else:
-        pool = concatenate(parts.public, parts.private)
-        examples = pool.take(torch.arange(number) % len(pool))
         loaded = time.perf_counter()
-        train_centrally(config, parts, examples, epochs=1, seed=config.seed)
+        train_centrally(config, parts, parts.private, epochs=1, seed=config.seed)
     return {
         "seconds": time.perf_counter() - loaded,
         "load_seconds": loaded - started,
@@ -198,8 +209,12 @@ def _main() -> int:
         answer = {"problem": str(error)}
     except (MemoryError, RuntimeError) as error:
         text = str(error).splitlines()[0] if str(error) else ""
-        short = isinstance(error, MemoryError) or "memory" in text
+        short = is_out_of_memory(error) or "memory" in text
         answer = {"problem": "out of memory" if short else f"{type(error).__name__}: {text}"}
+    except (ImportError, OSError):
+        if not job["limit_mb"]:
+            raise
+        answer = {"problem": "the libraries cannot be loaded in so little memory"}
     print(json.dumps(answer))
     return 0
 
