@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fbl_flower.commands.generator import check_parent, configuration_of
+from fbl_flower.commands.job_memory import memory_of
 from fbl_flower.config import RunConfig, flatten, parse_config
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import concatenate
@@ -194,8 +195,15 @@ def _run_job(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - loaded,
         "load_seconds": loaded - started,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": _peak_mb(),
     }
+
+
+def _peak_mb() -> float:
+    memory = memory_of(os.getpid())
+    if memory is not None:  # on Linux, because getrusage there begins with the peak of the process that started this one
+        return memory[1] / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _main() -> int:
