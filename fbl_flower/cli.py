@@ -98,7 +98,9 @@ def _generator(options: argparse.Namespace) -> None:
         case "gallery":
             generator_commands.draw_gallery(options)
         case _:
-            generator_commands.quality(options)
+            from fbl_flower.commands.quality import quality
+
+            quality(options)
 
 
 def _data(options: argparse.Namespace) -> None:

@@ -54,6 +54,19 @@ def test_nearest_training_image_by_hand():
     assert got.copies == pytest.approx(2 / 3)
 
 
+def test_nearest_training_image_among_many_is_exact():
+    stream = torch.Generator().manual_seed(0)
+    images, training = (torch.randint(256, (num, 3, 4, 4), generator=stream, dtype=torch.uint8) for num in (300, 40))
+    training[7], training[8] = images[299], images[299]
+    training[8, 0, 0, 0] ^= 1  # two that differ by one grey level
+    distances = torch.cdist(images.flatten(1).double() / 255, training.flatten(1).double() / 255)
+    first, second = distances.topk(2, dim=1, largest=False).values.unbind(1)
+    got = nearest_training_image(images, training)
+    assert got.mean == pytest.approx(first.mean().item(), rel=1e-6)
+    assert got.smallest == 0
+    assert got.copies == pytest.approx((first < 0.7 * second).double().mean().item())
+
+
 def test_frechet_distance_by_hand():
     # one dimension: means 0 and 3, variances 2 and 8: 9 + 2 + 8 - 2 sqrt(16) = 11
     assert frechet_distance(torch.tensor([[-1.0], [1.0]]), torch.tensor([[1.0], [5.0]])) == pytest.approx(11)
@@ -75,7 +88,7 @@ def test_spread_by_hand():
 
 def test_real_images_in_the_generators_place_score_as_real_and_as_copies():
     parts = digits()
-    quality = measure_quality(PublicImages(parts), parts, train_classifier=centroid_classifier, seeds=(0, 1), num_bytes=123)
+    quality = measure_quality(PublicImages(parts), parts, train_classifier=centroid_classifier, seeds=(0, 1))
     assert (quality.num_images, quality.evaluated_on, len(quality.per_seed)) == (300, "test", 2)
     assert quality.mean("nearest") == 0 and quality.mean("nearest_min") == 0
     assert quality.mean("copies") == 1.0
@@ -121,18 +134,17 @@ def noisy_features(examples: Examples, seed: int) -> Classifier:
 
 def test_the_table_has_every_measure_and_every_seed():
     parts = digits()
-    table = measure_quality(
-        PublicImages(parts), parts, train_classifier=centroid_classifier, seeds=(4, 7), num_bytes=4321
-    ).as_markdown().splitlines()  # fmt: skip
+    quality = measure_quality(PublicImages(parts), parts, train_classifier=centroid_classifier, seeds=(4, 7))
+    table = dataclasses.replace(quality, num_bytes=4321, peak_mb=87.6).as_markdown().splitlines()
     assert table[0] == "| 300 images, against test | mean | seed 4 | seed 7 | real |"
     assert {line.count("|") for line in table} == {6}
     names = [line.split("|")[1].strip() for line in table[2:]]
     assert names == [
         "ratio", "synthetic accuracy", "public accuracy", "agreement", "diversity", "frechet", "nearest", "nearest min", "copies",
-        "images per second", "bytes on disk",
+        "images per second", "bytes on disk", "peak memory, MiB",
     ]  # fmt: skip
     assert table[10].startswith("| copies | 1.000 | 1.000 | 1.000 | 0.")
-    assert "4321" in table[-1]
+    assert table[-2:] == ["| bytes on disk | 4321 |  |  |  |", "| peak memory, MiB | 88 |  |  |  |"]
 
 
 def test_generators_side_by_side():
@@ -152,7 +164,7 @@ def test_generators_side_by_side():
     assert table[0] == "| 5 images, against test | a | b |"
     assert table[2] == "| ratio | 0.750 ± 0.177 | 0.500 |"
     assert table[3] == "| synthetic accuracy | 0.600 ± 0.141 | 0.400 |"
-    assert table[-1] == "| bytes on disk | 12 |  |"
+    assert table[-2:] == ["| bytes on disk | 12 |  |", "| peak memory, MiB |  |  |"]
 
 
 def test_no_seeds_and_no_images_are_refused():

@@ -42,6 +42,7 @@ def test_train_in_floats_then_quantize_and_compare(floats: Path, tmp_path: Path,
     assert public[0] == public[1] == public[2]  # the same classifiers judge all three
     sizes = [quality["num_bytes"] for quality in measured.values()]
     assert sizes[0] > sizes[2] > sizes[1]
+    assert all(quality["peak_mb"] > 100 for quality in measured.values())
 
 
 def test_digits_are_deformed_and_photographs_are_not(floats: Path, tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_options_of_pipelines_are_refused_for_a_trained_generator(
 def test_a_place_that_is_not_there_is_told_before_the_work(
     floats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fbl_flower.commands.generator.measure_quality", lambda *_, **__: pytest.fail("worked"))
+    monkeypatch.setattr("fbl_flower.commands.quality.measure_quality", lambda *_, **__: pytest.fail("worked"))
     monkeypatch.setattr("fbl_flower.commands.bench.measure", lambda *_, **__: pytest.fail("worked"))
     for command in (["generator", "quality"], ["bench", "generator"]):
         assert main([*command, str(floats), *SMALL, "--out", str(tmp_path / "none" / "x.json")]) == 2

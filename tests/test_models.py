@@ -1,5 +1,6 @@
 """Classifiers: stems, norms, shapes, and where their random weights come from."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from torchvision.models import resnet18
 
 from fbl_flower.config import ModelConfig
 from fbl_flower.models import Classifier, empty_classifier, new_classifier
-from fbl_flower.models.classifier import _WindowConv2d
+from fbl_flower.models.cpu_layers import use_cpu_layers
 from fbl_flower.params import to_arrays
 
 
@@ -108,25 +109,66 @@ def test_an_empty_classifier_takes_the_weights_of_another() -> None:
     assert torch.equal(empty(images), full(images))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 2), (3, 3), (4, 4)])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_convolution_of_a_tiny_map_is_torchs_own_with_the_same_gradients(
-    size: tuple[int, int], stride: int, bias: bool
-) -> None:
-    torch.manual_seed(0)
-    plain = nn.Conv2d(6, 5, 3, stride=stride, padding=1, bias=bias).double()
-    ours = _WindowConv2d(6, 5, 3, stride=stride, padding=1, bias=bias).double()
-    ours.load_state_dict(plain.state_dict())
-    x = torch.randn(4, 6, *size, dtype=torch.float64)
-    inputs = [x.clone().requires_grad_(True), x.clone().requires_grad_(True)]
-    outputs = [module(value) for module, value in zip((plain, ours), inputs, strict=True)]
+def converted(layer: nn.Module) -> nn.Module:
+    """Return a copy of `layer` as the network uses it on a CPU."""
+    ours = copy.deepcopy(layer)
+    use_cpu_layers(ours)
+    assert type(ours) is not type(layer)
+    return ours
+
+
+def assert_same_function(layer: nn.Module, x: torch.Tensor) -> None:
+    """Compare outputs and gradients of torch's layer and ours."""
+    pair, inputs = [layer, converted(layer)], [x.clone().requires_grad_(True) for _ in range(2)]
+    outputs = [module(value) for module, value in zip(pair, inputs, strict=True)]
     assert outputs[0].shape == outputs[1].shape
-    assert torch.allclose(*outputs, atol=1e-12)
+    torch.testing.assert_close(*outputs)
     for output in outputs:
         (output**2).sum().backward()
-    assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-12)
-    assert torch.allclose(plain.weight.grad, ours.weight.grad, atol=1e-12)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    for mine, theirs in zip(*(module.parameters() for module in pair), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 2), (3, 3), (3, 4), (4, 4), (5, 5)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0), (1, 2, 0), (5, 1, 2), (5, 3, 2), (2, 2, 1)]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_of_a_small_map_is_torchs_own_with_the_same_gradients(size, kernel, stride, padding, layout) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 5, kernel, stride=stride, padding=padding, bias=False).double().to(memory_format=layout)
+    assert_same_function(layer, torch.randn(4, 6, *size, dtype=torch.float64).contiguous(memory_format=layout))
+
+
+def test_a_small_map_is_computed_tap_by_tap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast way is taken where it is meant to be, and only there."""
+    ours = converted(nn.Conv2d(2, 3, 3, padding=1, bias=False))
+    calls: list[torch.Size] = []
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: calls.append(x.shape) or torch.zeros(1))
+    for side in (1, 2, 3):
+        ours(torch.zeros(1, 2, side, side))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours(torch.zeros(1, 2, 2, 2))
+    assert [shape[-1] for shape in calls] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(4, 4, 3, bias=True), nn.Conv2d(4, 4, 3, bias=False, groups=2), nn.Conv2d(4, 4, 3, bias=False, dilation=2)],
+)
+def test_other_convolutions_stay_torchs_own(layer: nn.Module) -> None:
+    use_cpu_layers(layer)
+    assert type(layer) is nn.Conv2d
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_is_torchs_own_and_keeps_the_layout(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7, 8).contiguous(memory_format=layout)
+    layer = nn.MaxPool2d(3, stride=2, padding=1)
+    assert_same_function(layer, x)
+    assert converted(layer)(x).is_contiguous(memory_format=layout)
 
 
 def test_resnet18_is_torchvisions_own_function_at_sizes_with_maps_of_one_pixel() -> None:

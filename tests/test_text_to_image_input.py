@@ -99,7 +99,7 @@ def test_weights_for_another_architecture(folder):
     save_file({key: value for key, value in state.items() if not key.startswith("mid_block")}, folder / name)
     reseal(folder, name)
     with pytest.raises(GeneratorError, match=f"{WEIGHTS} does not fit the network"):
-        load_generator(*configure(folder))
+        load_generator(*configure(folder)).generate([0], [0])
 
 
 def test_float_weights_for_another_architecture(folder):
@@ -107,7 +107,7 @@ def test_float_weights_for_another_architecture(folder):
     save_file({"decoder.conv_in.weight": torch.zeros(1)}, folder / name)
     reseal(folder, name)
     with pytest.raises(GeneratorError, match=f"{FLOAT_WEIGHTS} does not fit the network"):
-        load_generator(*configure(folder))
+        load_generator(*configure(folder)).generate([0], [0])
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"])
@@ -115,7 +115,16 @@ def test_a_sealed_file_that_makes_no_sense(folder, name):
     (folder / name).write_text('{"down_block_types": ["Nothing"], "beta_schedule": "nothing"}')
     reseal(folder, name)
     with pytest.raises(GeneratorError, match=f"{folder / Path(name).parent}"):
-        load_generator(*configure(folder))
+        load_generator(*configure(folder)).generate([0], [0])
+
+
+def test_models_are_loaded_with_the_first_image(folder, monkeypatch):
+    """A client whose images are all on disk starts as a new process every round: it needs the fingerprint only."""
+    monkeypatch.setattr("fbl_flower.generation.text_to_image.load_component", lambda *_, **__: pytest.fail("loaded"))
+    generator = load_generator(*configure(folder))
+    assert len(generator.fingerprint) == 64 and len(generator.generate([], [])) == 0
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        generator.generate([0], [0])
 
 
 def test_settings_that_do_not_fit_the_model(folder):

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from fbl_flower.commands.generator import check_parent, configuration_of
+from fbl_flower.commands.generator import configuration_of
 from fbl_flower.commands.job_memory import memory_of
+from fbl_flower.commands.json_file import check_parent, write_json
 from fbl_flower.config import RunConfig, flatten, parse_config
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import concatenate
@@ -96,9 +97,7 @@ def bench_generator(
         "config": flatten(config),
     }
     if out is not None:
-        part = out.with_name(out.name + ".part")
-        part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, out)
+        write_json(out, report)
     if tell:
         print(as_markdown(found, num_images=num_images, epoch_images=epoch_images))
     return found

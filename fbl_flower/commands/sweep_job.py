@@ -18,6 +18,7 @@ from typing import Any
 
 from fbl_flower.commands.experiments import Row, identity, read_rows
 from fbl_flower.commands.job_memory import memory_of
+from fbl_flower.commands.json_file import write_json
 from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
 
@@ -124,9 +125,7 @@ def main() -> int:
     except FBLError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    whole = out.with_suffix(".part")
-    whole.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(whole, out)
+    write_json(out, result)
     remove_run(row, options.seed, keep)
     return 0
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,20 +9,9 @@ from torch import nn
 
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.network import build_network, read_network_config
+from fbl_flower.generation.new_folder import new_folder
 from fbl_flower.generation.quantization import BITS, LAYERS, WEIGHTS, load_quantized, quantize_, save_quantized
 from fbl_flower.generation.recipe import NETWORK, GeneratorInfo, check_files, file_sha256, read_info, write_info
-
-
-def make_parent(out: Path) -> None:
-    """Make the folder that `out` is going to lie in.
-
-    Raises:
-        GeneratorError: It cannot be made.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(out, error) from error
 
 
 def write_generator(network: nn.Module, info: GeneratorInfo, *, out: Path, weights: str) -> GeneratorInfo:
@@ -43,32 +29,12 @@ def write_generator(network: nn.Module, info: GeneratorInfo, *, out: Path, weigh
     Raises:
         GeneratorError: The disk is full, or may not be written.
     """
-    from safetensors import SafetensorError
-
-    make_parent(out)
-    folder = out
-    try:
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    with new_folder(out) as folder:
         network.save_config(folder)  # type: ignore[operator]  # diffusers' own
         save_quantized(quantize_(network, weights=BITS[weights]) if weights in BITS else network, folder)
         info = replace(info, weights=weights, files={name: file_sha256(folder / name) for name in (NETWORK, WEIGHTS, LAYERS)})
         write_info(folder, info)
-        folder.chmod(0o755)  # what temporary files are made with closes them to other users
-        for file in folder.iterdir():
-            file.chmod(0o644)
-        os.rename(folder, out)
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(out, error) from error
-    finally:
-        if folder != out:
-            shutil.rmtree(folder, ignore_errors=True)
     return info
-
-
-def _unwritable(out: Path, error: Exception) -> GeneratorError:
-    return GeneratorError(
-        f"generator: {out} cannot be written ({error}); free space, mend its permissions, or choose another folder"
-    )
 
 
 def quantize_generator(source: Path, out: Path, *, weights: str) -> GeneratorInfo:

@@ -7,9 +7,6 @@ Clients load the folder and never the full-precision weights: with 4 bits, Stabl
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from typing import Any
 from fbl_flower.device import return_freed_memory
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.components import DTYPE, FLOAT_LAYERS, class_of, num_parameters, read_source, save_component
+from fbl_flower.generation.new_folder import new_folder, unwritable
 from fbl_flower.generation.recipe import file_sha256
 from fbl_flower.generation.text_to_image_recipe import COMPONENTS, DTYPES, WEIGHTS, PipelineInfo, write_pipeline_info
 
@@ -55,8 +53,6 @@ def quantize_pipeline(
     Raises:
         GeneratorError: `out` is there already, the source is missing, of another architecture, or damaged, or the disk is full.
     """
-    from safetensors import SafetensorError
-
     out = out.expanduser()
     for name, value, allowed in (("--weights", weights, WEIGHTS), ("--dtype", dtype, DTYPES)):
         if value not in allowed:
@@ -71,16 +67,13 @@ def quantize_pipeline(
     if tiny_decoder:
         classes["vae"] = "AutoencoderTiny"
     shape = _Shape()
-    folder = out
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    with new_folder(out) as folder:
         for component in ("scheduler", "tokenizer"):
             part = read_source(source, component, classes[component], revision=commit)
             try:
                 part.save_pretrained(folder / component)
             except Exception as error:  # the tokenizers' library raises bare ones
-                raise _unwritable(out, error) from error
+                raise unwritable(out, error) from error
         for component in ("vae", "text_encoder", "unet"):
             if progress:
                 progress(f"{component}: {classes[component]}")
@@ -122,15 +115,6 @@ def quantize_pipeline(
             files={file.relative_to(folder).as_posix(): file_sha256(file) for file in files},
         )
         write_pipeline_info(folder, info)
-        folder.chmod(0o755)  # what temporary files are made with closes them to other users
-        for file in folder.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)
-        os.rename(folder, out)
-    except (OSError, SafetensorError) as error:  # of writing: what cannot be read has an error of its own
-        raise _unwritable(out, error) from error
-    finally:
-        if folder != out:
-            shutil.rmtree(folder, ignore_errors=True)
     return info
 
 
@@ -219,10 +203,3 @@ def _read_index(source: str, revision: str | None) -> tuple[dict[str, str], str 
         )
     class_of(classes["scheduler"])
     return classes, None if local else commit or revision
-
-
-def _unwritable(out: Path, error: Exception) -> GeneratorError:
-    return GeneratorError(
-        f"quantize: {out} cannot be written ({error}); free space, mend its permissions, or choose another folder; "
-        "nothing was left behind"
-    )

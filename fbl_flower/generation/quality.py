@@ -16,6 +16,8 @@ from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.protocol import ImageGenerator
 from fbl_flower.seeding import derive
 
+_CANDIDATES = 8  # among which the two nearest training images are looked for
+_AT_ONCE = 250  # images that are compared together
 _COPY_RATIO = 0.7  # an image so much nearer to one training image than to the next one is suspected of being its copy
 
 
@@ -95,17 +97,26 @@ class Quality:
         evaluated_on: The part whose real images judged.
         real: Distances of those real images to the public training images: what no copying looks like.
         num_bytes: The generator on disk; None where it was not asked for.
+        peak_mb: Largest resident set of a process that makes images, in MiB; None where it was not measured.
     """
 
     per_seed: tuple[SeedQuality, ...]
     num_images: int
     evaluated_on: str
     real: Nearest
-    num_bytes: int | None
+    num_bytes: int | None = None
+    peak_mb: float | None = None
 
     def mean(self, measure: str) -> float:
         """Return the mean of an attribute of `SeedQuality` over the seeds."""
         return sum(getattr(one, measure) for one in self.per_seed) / len(self.per_seed)
+
+    def costs(self) -> dict[str, str]:
+        """Return what does not depend on a seed, by name, as text; empty where it is not known."""
+        return {
+            "bytes on disk": "" if self.num_bytes is None else str(self.num_bytes),
+            "peak memory, MiB": "" if self.peak_mb is None else f"{self.peak_mb:.0f}",
+        }
 
     def as_markdown(self) -> str:
         """Return a table with a row for each measure: mean, one column per seed, real images for comparison."""
@@ -119,8 +130,7 @@ class Quality:
             numbers = [self.mean(name), *(getattr(one, name) for one in self.per_seed)]
             cells = [f"{number:.3f}" for number in numbers] + [f"{reference[name]:.3f}" if name in reference else ""]
             rows.append("| " + " | ".join([name.replace("_", " "), *cells]) + " |")
-        if self.num_bytes is not None:
-            rows.append("| " + " | ".join(["bytes on disk", str(self.num_bytes), *[""] * (len(seeds) + 1)]) + " |")
+        rows += ["| " + " | ".join([name, cost, *[""] * (len(seeds) + 1)]) + " |" for name, cost in self.costs().items()]
         return "\n".join(rows)
 
 
@@ -137,7 +147,7 @@ def compare(measured: Mapping[str, Quality]) -> str:
         numbers = [[getattr(one, name) for one in quality.per_seed] for quality in measured.values()]
         cells = [f"{mean(one):.3f}" + (f" ± {stdev(one):.3f}" if len(one) > 1 else "") for one in numbers]
         rows.append("| " + " | ".join([name.replace("_", " "), *cells]) + " |")
-    rows.append("| " + " | ".join(["bytes on disk", *(str(one.num_bytes or "") for one in measured.values())]) + " |")
+    rows += ["| " + " | ".join([name, *(one.costs()[name] for one in measured.values())]) + " |" for name in first.costs()]
     return "\n".join(rows)
 
 
@@ -148,7 +158,6 @@ def measure_quality(
     train_classifier: TrainClassifier,
     seeds: Sequence[int] = (0, 1, 2),
     evaluate_on: Literal["test", "validation"] = "test",
-    num_bytes: int | None = None,
 ) -> Quality:
     """Measure a generator with as many images, of the same classes, as there are public training images.
 
@@ -159,7 +168,6 @@ def measure_quality(
         seeds: One set of images and of classifiers for each.
         evaluate_on: The part of the real images that judges; settings are chosen on validation, and results
             reported on test.
-        num_bytes: Size of the generator on disk, for the table.
 
     Raises:
         GeneratorError: No seed, or fewer than two real images in the part that judges.
@@ -206,7 +214,6 @@ def measure_quality(
         num_images=len(labels),
         evaluated_on=evaluate_on,
         real=nearest_training_image(real.images, parts.public.images),
-        num_bytes=num_bytes,
     )
 
 
@@ -217,11 +224,16 @@ def nearest_training_image(images: torch.Tensor, training: torch.Tensor) -> Near
         images: uint8 [M, C, H, W].
         training: uint8 [N, C, H, W], N >= 2.
     """
-    # exact differences: the faster way by inner products would lose the small distances that matter here
-    distances = torch.cdist(
-        images.flatten(1).float() / 255, training.flatten(1).float() / 255, compute_mode="donot_use_mm_for_euclid_dist"
-    )
-    first, second = distances.topk(2, dim=1, largest=False).values.unbind(1)
+    inputs, others = images.flatten(1).float() / 255, training.flatten(1).float() / 255
+    found = []
+    for some in inputs.split(_AT_ONCE):
+        # inner products are fast and lose the small distances that matter here: they choose the candidates, exact differences judge them
+        near = torch.cdist(some, others, compute_mode="use_mm_for_euclid_dist").topk(
+            min(_CANDIDATES, len(others)), largest=False
+        )
+        exact = (others[near.indices] - some[:, None]).square().sum(2).sqrt()
+        found.append(exact.topk(2, dim=1, largest=False).values)
+    first, second = torch.cat(found).unbind(1)
     copies = (first < _COPY_RATIO * second).double().mean()
     return Nearest(mean=first.mean().item(), smallest=first.min().item(), copies=copies.item())
 

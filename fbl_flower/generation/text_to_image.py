@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,9 @@ class Target:
 class TextToImageGenerator:
     """Made by `TextToImageGenerator.load`.
 
+    The models themselves are loaded when the first image is made: who finds all images on disk, as a client of a deployment does in a
+    new process for every round, needs no gigabytes of them.
+
     The model always runs on whole batches, because the shape of a batch changes the rounding of its images: a short last
     batch is filled up, and what was filled in is thrown away.
 
@@ -66,7 +69,7 @@ class TextToImageGenerator:
 
     def __init__(
         self,
-        components: Mapping[str, Any],
+        load_components: Callable[[], Mapping[str, Any]],
         own_scheduler: Mapping[str, Any],
         info: PipelineInfo,
         target: Target,
@@ -77,7 +80,9 @@ class TextToImageGenerator:
         self.info = info
         self.num_blank = 0
         self.batch_size = settings.batch_size
-        self._components = components
+        self._load_components = load_components
+        self._loaded: Mapping[str, Any] = {}
+        self._loading = threading.Lock()
         self._own_scheduler = own_scheduler
         self._target = target
         self._settings = settings
@@ -109,10 +114,7 @@ class TextToImageGenerator:
 
     @classmethod
     def load(cls, folder: Path, settings: GeneratorConfig, target: Target, *, device: str = "cpu") -> TextToImageGenerator:
-        """Load a generator's folder, with every file's sum verified.
-
-        On a CPU, models of more than 50 million weights stay quantised in memory; all others become float ones with the same
-        values, once.
+        """Open a generator's folder, with every file's sum verified.
 
         Args:
             folder: As `quantize_pipeline` writes it.
@@ -121,25 +123,20 @@ class TextToImageGenerator:
             device: Where the model runs.
 
         Raises:
-            GeneratorError: A file is missing, damaged or foreign, or the scheduler cannot make so many steps.
+            GeneratorError: A file is missing, damaged or foreign, or the scheduler cannot make so many steps. (Whole files of models that do
+                not fit them: with the first image.)
         """
         info = read_pipeline_info(folder)
         if problems := check_pipeline_files(folder, info):
             raise GeneratorError("\n".join(problems))
         own_scheduler = read_scheduler(folder / "scheduler", info.components["scheduler"])
-        components: dict[str, Any] = {"tokenizer": _read_tokenizer(folder / "tokenizer")}
-        for name in ("vae", "text_encoder", "unet"):
-            weights = "none" if name == "vae" else info.weights
-            try:
-                model = load_component(info.components[name], folder / name, weights=weights)
-            except GeneratorError as error:
-                raise GeneratorError(f"{error}{_other_versions(info)}") from error
-            # On an accelerator quanto's packed weights need kernels that it compiles at first use; floats need none.
-            if weights != "none" and (num_parameters(model) <= _SMALL or device != "cpu"):
-                dequantize_(model)
-            components[name] = nn.Module.to(model, torch.device(device))
-        return_freed_memory()
-        return cls(components, own_scheduler, info, target, settings, device=device)
+        return cls(lambda: _read_components(folder, info, device), own_scheduler, info, target, settings, device=device)
+
+    @property
+    def _components(self) -> Mapping[str, Any]:
+        with self._loading:
+            self._loaded = self._loaded or self._load_components()
+            return self._loaded
 
     def _bytes_per_image(self) -> int:
         """Return what one evaluation of the UNet takes, or of the decoder if that is more; the two follow each other."""
@@ -261,6 +258,26 @@ class TextToImageGenerator:
         size = (self._resolution,) * 2
         large = F.interpolate(images.float() / 255, size=size, mode="bicubic", antialias=True, align_corners=False)
         return large.clamp(0, 1).expand(-1, 3, -1, -1)
+
+
+def _read_components(folder: Path, info: PipelineInfo, device: str) -> dict[str, Any]:
+    """Read tokenizer and models.
+
+    On a CPU, models of more than 50 million weights stay quantised in memory; all others become float ones with the same values, once.
+    """
+    components: dict[str, Any] = {"tokenizer": _read_tokenizer(folder / "tokenizer")}
+    for name in ("vae", "text_encoder", "unet"):
+        weights = "none" if name == "vae" else info.weights
+        try:
+            model = load_component(info.components[name], folder / name, weights=weights)
+        except GeneratorError as error:
+            raise GeneratorError(f"{error}{_other_versions(info)}") from error
+        # On an accelerator quanto's packed weights need kernels that it compiles at first use; floats need none.
+        if weights != "none" and (num_parameters(model) <= _SMALL or device != "cpu"):
+            dequantize_(model)
+        components[name] = nn.Module.to(model, torch.device(device))
+    return_freed_memory()
+    return components
 
 
 def _read_tokenizer(folder: Path) -> Any:

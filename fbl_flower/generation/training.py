@@ -24,8 +24,9 @@ from fbl_flower.data.datasets import DataParts
 from fbl_flower.device import autocast, keep_freed_memory
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.augment import deform
-from fbl_flower.generation.folder import make_parent, write_generator
+from fbl_flower.generation.folder import write_generator
 from fbl_flower.generation.network import build_network, network_config, patch_of
+from fbl_flower.generation.new_folder import make_parent
 from fbl_flower.generation.preview import write_preview
 from fbl_flower.generation.recipe import GeneratorInfo, TrainingRecipe
 from fbl_flower.generation.training_checkpoint import Spent, TrainingCheckpoint
