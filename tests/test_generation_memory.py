@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_generation_support import tiny_generator
@@ -9,6 +11,8 @@ from torch import nn
 
 from fbl_flower.generation.diffusion import DiffusionGenerator
 from fbl_flower.generation.memory import Batches, activation_bytes, fitting_batch, free_bytes, is_out_of_memory
+
+CPU = torch.device("cpu")
 
 
 def test_a_batch_that_does_not_fit_is_made_again_in_halves() -> None:
@@ -59,18 +63,59 @@ def test_activations_are_counted_by_hand() -> None:
 
 def test_the_limit_decides_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     mebi = 2**20
-    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=10) == 10
-    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=100) == 32
-    assert fitting_batch(32, bytes_per_image=50 * mebi, limit_mb=10) == 1
+    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=10, device=CPU) == 10
+    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=100, device=CPU) == 32
+    assert fitting_batch(32, bytes_per_image=50 * mebi, limit_mb=10, device=CPU) == 1
     monkeypatch.setattr("fbl_flower.generation.memory.free_bytes", lambda: 12 * mebi)
-    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=0) == 6  # half of what is free
+    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=0, device=CPU) == 6  # half of what is free
     monkeypatch.setattr("fbl_flower.generation.memory.free_bytes", lambda: None)
-    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=0) == 32
+    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=0, device=CPU) == 32
 
 
 def test_free_memory_is_a_number_or_unknown() -> None:
     free = free_bytes()
     assert free is None or 0 <= free < 2**50
+
+
+def a_system(folder: Path, *, available_kib: int, groups: str, files: dict[str, str]) -> Path:
+    """Lay out the files of /proc and /sys that are asked."""
+    contents = {"proc/meminfo": f"MemTotal: 999 kB\nMemAvailable:  {available_kib} kB\n", "proc/self/cgroup": groups, **files}
+    for name, text in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_free_memory_of_the_machine_alone(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path) is None
+    unlimited = {"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": "5\n", "sys/fs/cgroup/memory.stat": ""}
+    assert free_bytes(a_system(tmp_path, available_kib=7, groups="0::/\n", files=unlimited)) == 7 * 1024
+
+
+def test_the_tightest_of_nested_control_groups_counts(tmp_path: Path) -> None:
+    files = {
+        "sys/fs/cgroup/a/memory.max": "4000\n", "sys/fs/cgroup/a/memory.current": "1500\n",
+        "sys/fs/cgroup/a/memory.stat": "anon 1000\ninactive_file 300\n",
+        "sys/fs/cgroup/a/b/memory.max": "max\n", "sys/fs/cgroup/a/b/memory.current": "1000\n", "sys/fs/cgroup/a/b/memory.stat": "",
+    }  # fmt: skip
+    assert free_bytes(a_system(tmp_path, available_kib=100, groups="0::/a/b\n", files=files)) == 4000 - 1500 + 300
+
+
+def test_the_first_version_of_control_groups(tmp_path: Path) -> None:
+    groups = "4:memory:/gone/inside\n3:cpuset:/\n0::/\n"
+    files = {
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000\n", "sys/fs/cgroup/memory/memory.usage_in_bytes": "1900\n",
+        "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 50\n",
+    }  # fmt: skip
+    assert free_bytes(a_system(tmp_path, available_kib=100, groups=groups, files=files)) == 150
+
+
+def test_a_gpus_memory_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch holds there and does not use is free, too. (Made up: no GPU is needed for this test.)"""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**20, 99 * 2**20))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8 * 2**20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**20)
+    assert fitting_batch(32, bytes_per_image=2**20, limit_mb=0, device=torch.device("cuda")) == 8
 
 
 def test_images_made_in_smaller_batches_differ_by_a_grey_level_at_most(tmp_path, monkeypatch) -> None:

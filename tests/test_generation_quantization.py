@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_generation_support import tiny_generator
+from test_generation_support import read_only_install, tiny_generator
 from torch import nn
 
 from fbl_flower.errors import GeneratorError
@@ -80,7 +80,9 @@ def test_the_float_twin_has_the_same_values(stored):
     torch.testing.assert_close(forward(twin, x), expected, atol=1e-6, rtol=0)
 
 
-def test_a_fresh_process_without_compiler_makes_the_same_images(tmp_path):
+@pytest.mark.parametrize("lacking", ["compiler", "write permission"])
+def test_a_fresh_process_on_a_lean_machine_makes_the_same_images(tmp_path, lacking):
+    """quanto would compile an extension at first use, into the folder where it is installed."""
     folder = tiny_generator(tmp_path)
     script = (
         "import sys, hashlib, pathlib, torch; torch.set_num_threads(int(sys.argv[2]));"
@@ -90,9 +92,11 @@ def test_a_fresh_process_without_compiler_makes_the_same_images(tmp_path):
     )
     here = DiffusionGenerator.load(folder, steps=2, guidance=1.5, batch_size=4)
     digest = hashlib.sha256(here.generate([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]).numpy().tobytes()).hexdigest()
+    prefix = [] if lacking == "compiler" else read_only_install()
     there = subprocess.run(
-        [sys.executable, "-c", script, str(folder), str(torch.get_num_threads())],
-        env={**os.environ, "PATH": "/nonexistent"}, capture_output=True, text=True, check=False,
+        [*prefix, sys.executable, "-c", script, str(folder), str(torch.get_num_threads())],
+        env={**os.environ, **({"PATH": "/nonexistent"} if lacking == "compiler" else {})},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert there.returncode == 0, there.stderr
     assert there.stdout.split() == [here.fingerprint, digest]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_pipelines import configure, load, save_tiny_decoder
+from test_generation_support import read_only_install
 
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.loading import load_generator
@@ -91,8 +92,8 @@ def test_the_tiny_decoder_replaces_the_autoencoder(small_source, tmp_path):
 
 
 @pytest.mark.slow  # three processes import two large libraries
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_two_fresh_processes_without_compiler_make_the_same_images(small_source, small_made, tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "lacking"), [("bf16", "compiler"), ("fp32", "compiler"), ("bf16", "write permission")])
+def test_two_fresh_processes_on_lean_machines_make_the_same_images(small_source, small_made, tmp_path, dtype, lacking):
     folder = small_made if dtype == "bf16" else tmp_path / "fp32"
     if dtype == "fp32":
         quantize_pipeline(str(small_source), folder, dtype="fp32")
@@ -102,7 +103,11 @@ def test_two_fresh_processes_without_compiler_make_the_same_images(small_source,
         "print(g.fingerprint, hashlib.sha256(g.generate(u.LABELS, u.SEEDS).numpy().tobytes()).hexdigest())"
     )
     command = [sys.executable, "-c", script, str(folder), str(torch.get_num_threads()), str(Path(__file__).parent)]
-    environment = {**os.environ, "PATH": "/nonexistent", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    if lacking == "compiler":
+        environment["PATH"] = "/nonexistent"
+    else:
+        command = [*read_only_install(), *command]
     there = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]

@@ -352,7 +352,18 @@ def test_templates_of_ones_own():
     assert {prompts.text(1, seed) for seed in range(20)} == {"a sketch of a ship", "ship"}
 
 
+def test_words_of_ones_own_for_single_classes():
+    names = ("airplane", "deer", "wild_rose", "0")
+    prompts = make_prompts("cifar10", names, class_words=" airplane: small plane, model | 0: river: upper course ")
+    assert prompts.names == ("small plane, model", "deer, animal", "wild rose", "river: upper course")
+
+
 def test_prompts_that_cannot_be(folder):
+    wrong = "8 | 3: {name} | ten: letters | 4:"
+    refused(
+        *configure(folder, generator__class_words=wrong), "generator.class-words: got '8'; wanted 'class: word'", "got '3: {name}'",
+        "no class 'ten'; the classes are zero, one,", "got '4:'",
+    )  # fmt: skip
     for wrong in ("a photo", "a {class}", "{name} {", "{name} | a photo"):
         refused(*configure(folder, generator__prompt=wrong), "generator.prompt: got", "needs {name}")
     config, parts = configure(folder)

@@ -55,8 +55,8 @@ def fill(
         client: Number of the client.
         own: The client's real images, if its generator is to start from them.
         progress: Called with (images generated, images to generate), for each of the two kinds.
-        seconds: After so many, what is left to generate is left out. It is then missing from all classes alike, as they are
-            generated in turn; the batch under way is finished.
+        seconds: After so many, what is left to generate is left out; the batch under way is finished. Classes are generated in turn, so
+            that all lack alike; with `own`, the missing classes come first, and the scarce ones lack more.
 
     Raises:
         GeneratorError: `own` is given, and the generator cannot start from images.

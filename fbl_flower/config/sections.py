@@ -138,6 +138,10 @@ class GeneratorConfig:
     prompt: str = option(
         "", "text-to-image: prompt with {name} for the class, several separated by ' | '; empty: the data set's own"
     )
+    class_words: str = option(
+        "",
+        "text-to-image: what single classes are called in prompts, 'crane: white crane, bird | nail: iron nail'; empty: as they are",
+    )
     image_to_image: bool = option(
         False, "text-to-image: start scarce classes from the client's own images; the results stay on the client"
     )

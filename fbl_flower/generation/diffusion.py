@@ -61,7 +61,9 @@ class DiffusionGenerator:
         self._guidance = guidance
         self._device = torch.device(device)
         self._batches = Batches(
-            lambda: fitting_batch(batch_size, bytes_per_image=self._bytes_per_image(), limit_mb=memory_limit)
+            lambda: fitting_batch(
+                batch_size, bytes_per_image=self._bytes_per_image(), limit_mb=memory_limit, device=self._device
+            )
         )
         decisive = {
             "files": dict(sorted(info.files.items())),

@@ -125,7 +125,7 @@ def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
     if chosen.name == "text-to-image":
         from fbl_flower.generation.text_to_image import Target, TextToImageGenerator
 
-        prompts = make_prompts(parts.info.name, parts.info.class_names, chosen.prompt)
+        prompts = make_prompts(parts.info.name, parts.info.class_names, chosen.prompt, chosen.class_words)
         target = Target(prompts=prompts, image_size=parts.image_size, channels=parts.info.channels)
         return TextToImageGenerator.load(generator_folder(config, parts), chosen, target, device=pick_device(config).type)
     from fbl_flower.generation.diffusion import DiffusionGenerator
@@ -143,7 +143,7 @@ def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
 def _check_text_to_image(config: RunConfig, parts: DataParts) -> list[str]:
     chosen, problems = config.generator, []
     try:
-        make_prompts(parts.info.name, parts.info.class_names, chosen.prompt)
+        make_prompts(parts.info.name, parts.info.class_names, chosen.prompt, chosen.class_words)
     except GeneratorError as error:
         problems.append(str(error))
     if not chosen.path:

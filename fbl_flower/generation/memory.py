@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import nn
@@ -22,17 +23,48 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _SHORT)
 
 
-def free_bytes() -> int | None:
-    """Return the memory that this process may still take, of the machine and of its control group; None where it cannot be told."""
+def free_bytes(system: Path = Path("/")) -> int | None:
+    """Return the memory that this process may still take, of the machine and of its control groups; None where it cannot be told.
+
+    Args:
+        system: Where /proc and /sys are.
+    """
     found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+    with contextlib.suppress(OSError, ValueError):  # another system
+        lines = (system / "proc/meminfo").read_text().splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # another system, another version of control groups, or no limit
-        pass
-    return max(0, min(found)) if found else None
+    return max(0, min([*found, *_left_in_groups(system)])) if found else None
+
+
+def _left_in_groups(system: Path) -> Iterator[int]:
+    """Yield what is left in each control group around this process that has a limit: a limit holds for the groups below it, too."""
+    with contextlib.suppress(OSError):
+        for line in (system / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                mount, names = "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):  # the first version of control groups
+                mount, names = "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            inner = PurePosixPath(path.lstrip("/"))
+            for group in (inner, *inner.parents):  # in a container, the outer ones may not be there to be seen
+                with contextlib.suppress(OSError, ValueError):  # no limit
+                    yield _left_in_group(system / mount / group, *names)
+
+
+def _left_in_group(folder: Path, limit: str, usage: str, idle: str) -> int:
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    # files that were read and are not in use count as used, and are given up when memory is asked for
+    return int((folder / limit).read_text()) - int((folder / usage).read_text()) + int(stat.get(idle, 0))
+
+
+def _free_on(device: torch.device) -> int | None:
+    """Return the bytes that may still be taken where the images are made."""
+    if device.type != "cuda":
+        return free_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @torch.no_grad()
@@ -55,15 +87,16 @@ def activation_bytes(network: nn.Module, evaluate: Callable[[], object]) -> int:
     return total
 
 
-def fitting_batch(asked: int, *, bytes_per_image: int, limit_mb: int) -> int:
+def fitting_batch(asked: int, *, bytes_per_image: int, limit_mb: int, device: torch.device) -> int:
     """Return how many images to make together: `asked`, or as many as fit.
 
     Args:
         asked: At most so many.
         bytes_per_image: What one image under way takes at most.
         limit_mb: MiB for the images under way; 0: half of the free memory, where that can be told.
+        device: Whose memory it is.
     """
-    free = free_bytes()
+    free = None if limit_mb else _free_on(device)
     budget = limit_mb * 2**20 if limit_mb else None if free is None else int(_SHARE * free)
     if budget is None:
         return asked

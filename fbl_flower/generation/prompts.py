@@ -81,7 +81,7 @@ class Prompts:
         return template.replace(_FIELD, name)
 
 
-def make_prompts(data_name: str, class_names: Sequence[str], override: str) -> Prompts:
+def make_prompts(data_name: str, class_names: Sequence[str], override: str = "", class_words: str = "") -> Prompts:
     """Return the prompts of a data set.
 
     Args:
@@ -89,9 +89,10 @@ def make_prompts(data_name: str, class_names: Sequence[str], override: str) -> P
             a data set that is not known here.
         class_names: In the order of the labels.
         override: `generator.prompt`: templates with {name}, separated by " | ", in place of the data set's own; or empty.
+        class_words: `generator.class-words`: "class: word", separated by " | ", for the classes whose words are to be others; or empty.
 
     Raises:
-        GeneratorError: A template lacks {name}, or a class has no name that a model could read.
+        GeneratorError: A template lacks {name}, a word is for no class, or a class has no name that a model could read.
     """
     templates = tuple(part.strip() for part in override.split(_SEPARATOR)) if override.strip() else ()
     problems = [
@@ -99,19 +100,39 @@ def make_prompts(data_name: str, class_names: Sequence[str], override: str) -> P
         for template in templates
         if _FIELD not in template or set("{}") & set(template.replace(_FIELD, ""))
     ]
+    own, found = _read_class_words(class_words, class_names)
+    problems += found
     numbers_read = bool(templates) or data_name in _TEMPLATES
     nameless = [
-        label for label, name in enumerate(class_names) if not name.strip() or (name.strip().isdigit() and not numbers_read)
+        label
+        for label, name in enumerate(class_names)
+        if name.strip() not in own and (not name.strip() or (name.strip().isdigit() and not numbers_read))
     ]
     if nameless or not class_names:
         problems.append(
             f"generator.name: text-to-image needs the names of the classes; {data_name} has none for the labels "
-            f"{', '.join(map(str, nameless)) or 'at all'}; name them, use generator.prompt if they are numbers, or another generator"
+            f"{', '.join(map(str, nameless)) or 'at all'}; name them (generator.class-words), use generator.prompt if they are numbers, or another generator"
         )
     if problems:
         raise GeneratorError("\n".join(problems))
-    words = _NAMES.get(data_name, {})
-    return Prompts(
-        templates=templates or _TEMPLATES.get(data_name, _PHOTO),
-        names=tuple(words.get(re.sub(r"[^a-z]", "", name.lower()), name.replace("_", " ").strip()) for name in class_names),
+    known = _NAMES.get(data_name, {})
+    words = (
+        own.get(name.strip(), known.get(re.sub(r"[^a-z]", "", name.lower()), name.replace("_", " ").strip()))
+        for name in class_names
     )
+    return Prompts(templates=templates or _TEMPLATES.get(data_name, _PHOTO), names=tuple(words))
+
+
+def _read_class_words(text: str, class_names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the word of each class that `generator.class-words` names, and what is wrong with it."""
+    words, problems = {}, []
+    for part in text.split(_SEPARATOR) if text.strip() else ():
+        name, colon, word = (piece.strip() for piece in part.partition(":"))
+        if not (colon and word) or set("{}") & set(word):
+            problems.append(
+                f"generator.class-words: got {part.strip()!r}; wanted 'class: word', without braces, separated by ' | '"
+            )
+        elif name not in (known := [other.strip() for other in class_names]):
+            problems.append(f"generator.class-words: no class {name!r}; the classes are {', '.join(known)}")
+        words[name] = word
+    return words, problems

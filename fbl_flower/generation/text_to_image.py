@@ -90,7 +90,12 @@ class TextToImageGenerator:
         self._device = torch.device(device)
         self._dtype = DTYPE[info.dtype]
         self._sizes = Batches(
-            lambda: fitting_batch(settings.batch_size, bytes_per_image=self._bytes_per_image(), limit_mb=settings.memory_limit)
+            lambda: fitting_batch(
+                settings.batch_size,
+                bytes_per_image=self._bytes_per_image(),
+                limit_mb=settings.memory_limit,
+                device=self._device,
+            )
         )
         self._tokenizing = threading.Lock()  # the tokenizer's padding is a setting of the shared object
         # Of n steps only the share `strength` is made when an image is the start; one at least must remain.
