@@ -20,6 +20,7 @@ from fbl_flower.generation.folder import quantize_generator
 from fbl_flower.generation.quantization import WEIGHTS
 from fbl_flower.generation.recipe import Augmentation, TrainingRecipe, check_files, read_info
 from fbl_flower.generation.training import Training, draw_batch, flow_loss, train_generator
+from fbl_flower.generation.training_checkpoint import Spent, TrainingCheckpoint
 from fbl_flower.seeding import torch_stream
 
 STILL = Augmentation(rotation=0, scale=0, shear=0, shift=0, elastic=0)
@@ -197,12 +198,25 @@ def test_a_training_in_pieces_ends_with_the_weights_of_one_piece(tmp_path, monke
     ]  # fmt: skip
 
 
+def test_the_recipe_names_every_machine_that_a_training_was_on(tmp_path):
+    first, second = Spent(wall=1, cpu=2, devices=("cuda",), compiled=True), Spent(wall=3, cpu=4, devices=("cpu",))
+    assert first + second == Spent(wall=4, cpu=6, devices=("cpu", "cuda"), compiled=True)
+    parts, one = digits(), Training(digits(), PIECES)
+    one.step()
+    one.spent += first  # as if a piece had run on a GPU
+    checkpoint = TrainingCheckpoint(tmp_path / "g.training", recipe=PIECES, public_sha256=parts.public_sha256)
+    one.save(checkpoint)
+    info = train_generator(parts, recipe=PIECES, out=tmp_path / "g")
+    assert (info.device, info.compiled) == ("cpu, cuda", True) and info.wall_seconds > 1
+
+
 @pytest.mark.slow
 def test_a_compiled_network_learns_the_same_up_to_rounding():
     plain, compiled = Training(digits(), TINY), Training(digits(), TINY, compiled=True)
     for one in (plain, compiled):
         one.step()
         one.step()
+    assert (plain.spent.compiled, compiled.spent.compiled) == (False, True)
     assert plain.describe().split(",")[0] == compiled.describe().split(",")[0]  # step and loss, to four places
     states = plain.average.state_dict(), compiled.average.state_dict()
     assert states[0].keys() == states[1].keys()  # as a checkpoint names them

@@ -104,7 +104,8 @@ class GeneratorInfo:
         training: The hyper-parameters.
         wall_seconds, cpu_seconds, num_threads: What the steps of the training took, without checkpoints and previews.
         versions: Of the libraries.
-        device, compiled: Where it ran, and whether torch compiled the network; both round differently.
+        device, compiled: Where it ran ("cpu, cuda" if in pieces on both), and whether torch compiled the network in any piece; both
+            round differently.
         weights: 4bit, 8bit or none (32-bit floats).
         files: SHA-256 of every other file of the folder, by name.
     """

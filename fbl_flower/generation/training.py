@@ -94,7 +94,7 @@ def train_generator(
         training.save(checkpoint)
         _tell(progress, f"stopped after step {training.steps_done} of {recipe.steps}; the same command goes on")
         return None
-    described = _info_of(parts, recipe=recipe, spent=training.spent, device=device, compiled=compiled)
+    described = _info_of(parts, recipe=recipe, spent=training.spent)
     info = write_generator(training.average.cpu(), described, out=out, weights=weights)
     checkpoint.remove()
     return info
@@ -152,7 +152,12 @@ class Training:
             torch._foreach_lerp_(list(self.average.parameters()), list(self._network.parameters()), 1 - decay)
         self._losses = [*self._losses[1 - _RECENT :], loss.item()]
         self.steps_done = step
-        self.spent += Spent(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
+        self.spent += Spent(
+            wall=time.perf_counter() - wall,
+            cpu=time.process_time() - cpu,
+            devices=(self._device.type,),
+            compiled=self._forward is not self._network,
+        )
 
     def describe(self) -> str:
         """Return a line on how far the training is."""
@@ -199,7 +204,7 @@ def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _info_of(parts: DataParts, *, recipe: TrainingRecipe, spent: Spent, device: str, compiled: bool) -> GeneratorInfo:
+def _info_of(parts: DataParts, *, recipe: TrainingRecipe, spent: Spent) -> GeneratorInfo:
     """Describe a generator whose files are not yet written."""
     return GeneratorInfo(
         data_name=parts.info.name,
@@ -212,8 +217,8 @@ def _info_of(parts: DataParts, *, recipe: TrainingRecipe, spent: Spent, device: 
         wall_seconds=round(spent.wall, 1),
         cpu_seconds=round(spent.cpu, 1),
         num_threads=torch.get_num_threads(),
-        device=device,
-        compiled=compiled,
+        device=", ".join(spent.devices),
+        compiled=spent.compiled,
         versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "optimum-quanto")},
     )
 

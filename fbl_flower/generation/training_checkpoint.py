@@ -20,13 +20,26 @@ from fbl_flower.generation.recipe import TrainingRecipe
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """Seconds that a training took: on the clock, and of the processor."""
+    """What a training took so far, over all its pieces.
+
+    Attributes:
+        wall, cpu: Seconds on the clock, and of the processor.
+        devices: Where it ran, such as "cpu", in alphabetical order.
+        compiled: Whether torch had compiled the network, in any piece.
+    """
 
     wall: float = 0.0
     cpu: float = 0.0
+    devices: tuple[str, ...] = ()
+    compiled: bool = False
 
     def __add__(self, other: Spent) -> Spent:
-        return Spent(wall=self.wall + other.wall, cpu=self.cpu + other.cpu)
+        return Spent(
+            wall=self.wall + other.wall,
+            cpu=self.cpu + other.cpu,
+            devices=tuple(sorted({*self.devices, *other.devices})),
+            compiled=self.compiled or other.compiled,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +106,7 @@ class TrainingCheckpoint:
                 tensors=tensors,
                 steps_done=int(numbers["steps_done"]),
                 losses=json.loads(numbers["losses"]),
-                spent=Spent(**json.loads(numbers["spent"])),
+                spent=Spent() + Spent(**json.loads(numbers["spent"])),
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise GeneratorError(f"generator: {self.file} is damaged ({error}); {way_out}") from error
