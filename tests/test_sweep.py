@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,38 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert "| 1-a | diffusion | 1 of 2 | 90.00 ± 0.00 | 90.00 | 90.00 |  |" in table
 
 
+def test_a_sweep_of_one_row_adds_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_start", succeed)
+    rows, out = tmp_path / "rows", tmp_path / "out"
+    rows.mkdir()
+    text = 'title = "{0}"\nkind = "federation"\n[config]\nnum-server-rounds = 2\nnum-clients = {1}\nbalancing.enabled = false\n'
+    files = [write_row(rows, f"{n}-row", text.format(f"{n}-row", 10 + n)) for n in (1, 2, 3)]
+    write_row(rows, "4-broken", "title =")
+
+    def table_after(*names: Path, seeds: tuple[int, ...], **settings: Any) -> list[list[str]]:
+        assert sweep.sweep_command(files=names, seeds=seeds, num_jobs=1, out=out, overrides=settings) == 0
+        lines = (out / "table.md").read_text().splitlines()
+        return [line.replace(" ", "").split("|")[1:6] for line in lines if line.startswith("|") and "---" not in line]
+
+    head = ["row", "rounds", "finalaccuracy(%)", "seed0"]
+    assert table_after(files[2], seeds=(0,)) == [[*head, "seconds"], ["3-row", "2", "50.00", "50.00", "10"]]
+    table = table_after(files[0], seeds=(0, 1))
+    assert table[0] == [*head, "seed1"]
+    assert [line[:5] for line in table[1:]] == [
+        ["1-row", "2", "55.00±7.07", "50.00", "60.00"], ["3-row", "2", "50.00(1of2seeds)", "50.00", ""],
+    ]  # fmt: skip
+    # with other settings, what is there is of another table
+    assert [line[0] for line in table_after(files[1], seeds=(0,), **{"data.alpha": 0.7})] == ["row", "2-row"]
+
+
+def test_rows_that_a_setting_makes_the_same_are_refused(tmp_path: Path) -> None:
+    for n in (1, 2):
+        write_row(tmp_path, f"{n}-row", f'title = "{n}"\nkind = "federation"\n[config]\ndata.alpha = 0.{n}\n')
+    with pytest.raises(ConfigError, match=r"2-row.toml: asks for the same as .*1-row.toml"):
+        sweep.sweep_command(files=[tmp_path], seeds=(0,), num_jobs=1, out=tmp_path / "out", overrides={"data.alpha": 0.3})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
     rows, out = read_rows([write_row(tmp_path, "1-a"), write_row(tmp_path, "2-b")]), tmp_path / "out"
     failed = run_sweep(rows, (0,), out=out, num_jobs=1, start=lambda job: Done(1) if job.row.name == "1-a" else succeed(job))
@@ -232,7 +265,7 @@ def test_a_target_that_some_seeds_reach() -> None:
     )  # fmt: skip
     table = as_markdown([line], (0, 1, 2), scored_on="validation")
     assert "final validation accuracy (%)" in table and "wrong labels kept (%)" in table
-    assert "| 60 | 5.5 (2 of 3 seeds) | 3.5 | 25.0 |" in table  # (4 + 7) / 2; (2 + 5) / 2 MB
+    assert "| 60 | 5.5 (2 of 3 seeds) | 3.5 (2 of 3 seeds) | 25.0 (1 of 3 seeds) |" in table  # (4 + 7) / 2; (2 + 5) / 2 MB
 
 
 def test_the_table_says_where_synthetic_images_come_from(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
@@ -145,6 +146,29 @@ def read_rows(
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))  # a base's problem is one, however many rows share it
     return rows
+
+
+def read_beside(
+    rows: Sequence[Row], *, size: str | None, overrides: Mapping[str, Value] | None, target: float | None
+) -> list[Row]:
+    """Read all rows of the folders that `rows` are of, in order of name, as `read_rows` does; those that cannot be read are left out."""
+    found = []
+    for folder in dict.fromkeys(row.file.parent for row in rows):
+        for file in sorted(folder.glob("[!_]*.toml")):
+            with contextlib.suppress(ConfigError):
+                found.append(_read_row(file, size, dict(overrides or {}), target))
+    return found
+
+
+def twins(rows: Sequence[Row]) -> list[str]:
+    """Name rows that ask for the same, as happens where the command line sets what makes the difference between two."""
+    first: dict[str, Row] = {}
+    pairs = [(first.setdefault(repr((row.kind, identity(row.config, row.kind))), row), row) for row in rows]
+    return [
+        f"{row.file}: asks for the same as {one.file}, so that one of their titles is wrong; leave one out, or change the settings (-c)"
+        for one, row in pairs
+        if one is not row
+    ]
 
 
 def _read_row(file: Path, size: str | None, overrides: dict[str, Value], target: float | None) -> Row:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fbl_flower.commands.experiments import Row, read_rows
+from fbl_flower.commands.experiments import Row, read_beside, read_rows, twins
 from fbl_flower.commands.job_memory import MemoryGate
 from fbl_flower.commands.sweep_table import write_pictures, write_table
 from fbl_flower.config import RunConfig, Value
@@ -83,7 +83,7 @@ def sweep_command(
         raise ConfigError([f"--jobs: got {num_jobs}; allowed: whole number >= 1"])
     rows = read_rows(files, size=size, overrides=overrides, target=target)
     rows = [replace(row, notes=(note, *row.notes)) for row in rows] if note else rows
-    problems = []
+    problems = twins(rows)
     for row in rows:
         try:
             preflight(_what_it_needs(row))
@@ -98,8 +98,10 @@ def sweep_command(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError([f"--out: {out} cannot be made or is no folder ({error.strerror}); choose another"]) from error
-    failed = run_sweep(rows, seeds, out=out, num_jobs=num_jobs)
-    write_pictures(rows, seeds, out)
+    known = read_beside(rows, size=size, overrides=overrides, target=target)
+    known = [replace(row, notes=(note, *row.notes)) for row in known] if note else known
+    failed = run_sweep(rows, seeds, out=out, num_jobs=num_jobs, known=known)
+    write_pictures(*whole_table(rows, seeds, out=out, known=known), out)
     print((out / "table.md").read_text(encoding="utf-8"))
     print(f"{out}: {', '.join(name for name in _WRITTEN if (out / name).exists())}")
     for job in failed:
@@ -114,7 +116,13 @@ def default_out(rows: Sequence[Row]) -> Path:
 
 
 def run_sweep(
-    rows: Sequence[Row], seeds: Sequence[int], *, out: Path, num_jobs: int, start: Callable[[Job], Process] | None = None
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    *,
+    out: Path,
+    num_jobs: int,
+    start: Callable[[Job], Process] | None = None,
+    known: Sequence[Row] = (),
 ) -> list[Job]:
     """Run every row under every seed that has no result yet, and write the table; return the jobs that failed.
 
@@ -124,6 +132,7 @@ def run_sweep(
         out: Folder of results and table.
         num_jobs: Processes at a time, as far as memory allows.
         start: Starts the process of a job, which is to write `job.result`; tests put their own here.
+        known: As `whole_table` has them.
 
     Raises:
         ConfigError: A result there was made with other settings, or is damaged.
@@ -150,7 +159,7 @@ def run_sweep(
                 elif peak := _result(job).get("peak_bytes"):
                     gate.learn(peak)
                 print(f"{job.row.name}, seed {job.seed}: {_outcome(job)}; {len(waiting)} to start", flush=True)
-                write_table(rows, seeds, out)
+                write_table(*whole_table(rows, seeds, out=out, known=known), out)
             if running and not ended:
                 time.sleep(_POLL_S)
     finally:
@@ -158,8 +167,40 @@ def run_sweep(
             process.terminate()
         for _, process in running:
             process.wait()
-    write_table(rows, seeds, out)
+    write_table(*whole_table(rows, seeds, out=out, known=known), out)
     return failed
+
+
+def whole_table(
+    rows: Sequence[Row], seeds: Sequence[int], *, out: Path, known: Sequence[Row]
+) -> tuple[list[Row], tuple[int, ...]]:
+    """Return the rows and seeds of the table in `out`: those asked for, and all that have results there already.
+
+    So a sweep of one row adds to the table and does not replace it.
+
+    Args:
+        rows, seeds: Those asked for.
+        out: Folder of results.
+        known: The rows of the same folders, in their order; those whose results there have other settings are left out.
+    """
+    asked = {row.name for row in rows}
+    found = {row.name: _seeds_of(row, out) for row in (*known, *rows)}
+    others = [
+        row for row in known if row.name not in asked and found[row.name] and row.config.data.evaluate_on == _scored(rows)
+    ]
+    order = {row.name: place for place, row in enumerate(known)}
+    shown = sorted([*rows, *others], key=lambda row: order.get(row.name, len(order)))
+    return shown, tuple(sorted({*seeds, *(seed for row in shown for seed in found[row.name])}))
+
+
+def _scored(rows: Sequence[Row]) -> str:
+    return rows[0].config.data.evaluate_on
+
+
+def _seeds_of(row: Row, out: Path) -> list[int]:
+    """Return the seeds whose results in `out` are those of `row` as it is now."""
+    files = [file for file in (out / row.name).glob("*.json") if file.stem.isdecimal()]
+    return [int(file.stem) for file in files if not _stale(Job(row=row, seed=int(file.stem), result=file))]
 
 
 def _what_it_needs(row: Row) -> RunConfig:

@@ -78,13 +78,17 @@ def as_markdown(lines: Sequence[TableLine], seeds: Sequence[int], *, scored_on: 
         ("rounds to target", [_to_target(line) for line in lines], has_target),
         (
             "MB to target",
-            [_number(line.bytes_to_target, seeds, 1e-6, 1) for line in lines],
+            [_number(line.bytes_to_target, seeds, 1e-6, 1, of=len(line.accuracies)) for line in lines],
             any(line.bytes_to_target for line in lines),
         ),
-        ("MB sent", [_number(line.bytes_sent, seeds, 1e-6, 1) for line in lines], any(line.bytes_sent for line in lines)),
+        (
+            "MB sent",
+            [_number(line.bytes_sent, seeds, 1e-6, 1, of=len(line.accuracies)) for line in lines],
+            any(line.bytes_sent for line in lines),
+        ),
         (
             "wrong labels kept (%)",
-            [_number(line.wrong_kept, seeds, 100, 1) for line in lines],
+            [_number(line.wrong_kept, seeds, 100, 1, of=len(line.accuracies)) for line in lines],
             any(line.wrong_kept for line in lines),
         ),
         ("seconds", [_number(line.seconds, seeds, 1, 0) for line in lines], True),
@@ -138,7 +142,9 @@ def _mean(by_seed: Mapping[int, float]) -> float | None:
     return statistics.fmean(by_seed.values()) if by_seed else None
 
 
-def _number(by_seed: Mapping[int, float], seeds: Sequence[int], factor: float, digits: int) -> str:
-    """Return the mean over those of `seeds` that are there, or nothing."""
-    mean = _mean({seed: by_seed[seed] for seed in seeds if seed in by_seed})
-    return "" if mean is None else f"{factor * mean:.{digits}f}"
+def _number(by_seed: Mapping[int, float], seeds: Sequence[int], factor: float, digits: int, *, of: int = 0) -> str:
+    """Return the mean over those of `seeds` that are there, with their number if they are fewer than `of`; or nothing."""
+    there = {seed: by_seed[seed] for seed in seeds if seed in by_seed}
+    mean = _mean(there)
+    lacking = f" ({len(there)} of {of} seeds)" if len(there) < of else ""
+    return "" if mean is None else f"{factor * mean:.{digits}f}{lacking}"
