@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,10 +16,14 @@ from flwr.clientapp import ClientApp
 from helpers import RecordingGrid, quick, run_and_kill
 from safetensors.numpy import load_file
 
+from fbl_flower.config import RunConfig
 from fbl_flower.federation import client, method_rounds, server
 from fbl_flower.federation.local import LocalGrid, run_local
+from fbl_flower.federation.method_rounds import roles_of
+from fbl_flower.federation.roster import Roster
 from fbl_flower.federation.wire import Reply, Request
 from fbl_flower.methods.fedgen import LABEL_COUNTS
+from fbl_flower.training.roles import Role
 
 Settings = dict[str, Any]
 
@@ -185,16 +190,33 @@ def test_only_what_a_method_needs_travels(tmp_path: Path) -> None:
 def test_fedgen_warns_that_label_counts_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(method_rounds, "log", lambda level, text, *values: lines.append(text % values))
+    on_nodes: list[str] = []
+    client._tell_what_is_sent.cache_clear()
+    monkeypatch.setattr(client._log, "warning", lambda text, *values: on_nodes.append(text % values))
     settings = small(tmp_path, method__name="fedgen", num_server_rounds=1, balancing__enabled=False, fraction_train=1.0)
     _, messages = federate(settings)
-    assert lines == [
-        "FedGen: its clients send their label counts to the server, as published; class counts do not stay on them"
-    ]
+    warning = "FedGen: its clients send their label counts to the server, as published; class counts do not stay on them"
+    assert lines == [warning]
+    numbers = range(settings["num-clients"])
+    told = [f"client {n}: FedGen sends the label counts of this client to the server, as published" for n in numbers]
+    assert sorted(on_nodes) == told
     counts = [Reply.from_record(m.content).extras["fedgen"][LABEL_COUNTS] for m in messages if "metrics" in m.content]
     assert sum(int(c.sum()) for c in counts) == 120
-    lines.clear()
+    lines.clear(), on_nodes.clear()
     federate(small(tmp_path, num_server_rounds=1))
-    assert lines == []
+    assert lines == on_nodes == []
+
+    def as_if_the_nodes_came_late(config: RunConfig, roster: Roster) -> dict[int, Role]:
+        roles = roles_of(config, roster)
+        calls.append(roles)
+        return (
+            {number: dataclasses.replace(role, method="fedavg") for number, role in roles.items()} if len(calls) == 1 else roles
+        )
+
+    calls: list[object] = []
+    monkeypatch.setattr(server, "roles_of", as_if_the_nodes_came_late)
+    federate(small(tmp_path / "late", method__name="fedgen", num_server_rounds=2, balancing__enabled=False))
+    assert lines == [warning]
 
 
 def spoiled(spoil: Callable[[dict[str, Any]], dict[str, Any]]) -> ClientApp:

@@ -83,6 +83,7 @@ def prepare(message: Message, context: Context) -> Message:
     role = _role(config, request.client, context)
     _tidy(_state_dir(context) / "clients", keep_state_days(context), request.run)
     _client_data(config, request.client, _state_dir(context), _own_folder(config, context), role.capability)
+    _tell_what_is_sent(request.client, role.method)
     return Message(RecordDict(), reply_to=message)
 
 
@@ -95,6 +96,7 @@ def train(message: Message, context: Context) -> Message:
     # Prepared at first contact, if it was not before.
     role, state_dir = _role(config, request.client, context), _state_dir(context)
     data = _client_data(config, request.client, state_dir, _own_folder(config, context), role.capability)
+    _tell_what_is_sent(request.client, role.method)
     store = StateStore(state_folder(state_dir, request.run, request.client))
     state = store.load(before_round=request.server_round)
     method_store = _method_store(store.folder / role.method)
@@ -194,6 +196,13 @@ def _own_folder(config: RunConfig, context: Context) -> Path | None:
 def _tidy(folder: Path, days: float, run: str) -> None:
     if removed := remove_old_runs(folder, days=days, keep=run):
         _log.info("removed the state of %d runs that were not touched for %g days", len(removed), days)
+
+
+@functools.cache
+def _tell_what_is_sent(client: int, method: str) -> None:
+    """Warn on the node's own terminal, once per process, of a method that sends more than the promise allows."""
+    if method == "fedgen":
+        _log.warning("client %d: FedGen sends the label counts of this client to the server, as published", client)
 
 
 @functools.lru_cache(maxsize=128)

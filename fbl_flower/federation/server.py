@@ -97,7 +97,8 @@ class _Federation:
         if config.balancing.enabled and config.balancing.average_embeddings:
             log(WARNING, "balancing.average-embeddings: vectors that moved tell the server which classes a client fills")
         roster = call_roll(self.grid, num_clients=config.num_clients, timeout=config.prepare.timeout)
-        announce(roles_of(config, roster), balancing=config.balancing.enabled)
+        self.roles = roles_of(config, roster)
+        announce(self.roles, balancing=config.balancing.enabled)
         self.attendance = Attendance(self.grid, self.run_dir, roster)
         self._prepare(roster)
         prepare_seconds = time.perf_counter() - started
@@ -108,7 +109,9 @@ class _Federation:
             self.last_round |= dict.fromkeys(row.get("clients", ()), row["round"])
         for server_round in range(point.server_round + 1, config.num_server_rounds + 1):
             self.attendance.renew(server_round, timeout=config.timeout)
-            self.roles = roles_of(config, self.attendance.roster)
+            before, self.roles = self.roles, roles_of(config, self.attendance.roster)
+            if {role.method for role in self.roles.values()} - {role.method for role in before.values()}:
+                announce(self.roles, balancing=config.balancing.enabled)  # a node came late, with a method that nobody had
             point = self._with_method_state(point)
             result = self._train(point, server_round, checkpoint_round)
             point = self._aggregate(result, point, server_round)
