@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from helpers import RecordingGrid, quick
+from safetensors.numpy import load_file
 
 from fbl_flower.balancing.plan import make_rich_plan
 from fbl_flower.config import RunConfig, parse_config
@@ -196,6 +197,21 @@ def test_with_real_weights_the_size_of_a_rich_clients_set_stays_on_it(tmp_path: 
     assert any(r.num_examples > r.num_real for r in balanced)
     real = replies(federate(settings | {"aggregation.weight-by": "real"})[1])
     assert [r.num_examples for r in real] == [r.num_real for r in balanced]
+    alike = replies(federate(settings | {"aggregation.weight-by": "equal"})[1])
+    assert [r.num_examples for r in alike] == [r.num_real for r in balanced]
+
+
+def test_the_mean_by_hand_under_each_weight(tmp_path: Path) -> None:
+    settings = quick(tmp_path, data__num_private=120, num_server_rounds=1, fraction_train=1.0, clients__rich_share=0.5)
+    for by in ("balanced", "real", "equal"):
+        run_dir, messages = federate(settings | {"aggregation.weight-by": by})
+        sent = replies(messages)
+        weights = [float({"balanced": r.num_examples, "real": r.num_real, "equal": 1}[by]) for r in sent]
+        assert (len(set(weights)) == 1) == (by == "equal")
+        model = load_file(run_dir / "model.safetensors")
+        for name, array in model.items():
+            expected = np.average(np.stack([r.arrays[name] for r in sent]).astype(np.float64), axis=0, weights=weights)
+            np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_node_states_its_own_capability_and_method(tmp_path: Path) -> None:

@@ -161,9 +161,13 @@ class GeneratorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationConfig:
-    """FedAvg: the mean of the clients' models, weighted by their number of images."""
+    """FedAvg: the mean of the clients' models, weighted by their number of images, or not at all."""
 
-    weight_by: str = option("balanced", "count the balanced set or the client's real images", choices=("balanced", "real"))
+    weight_by: str = option(
+        "balanced",
+        "size of the balanced set, number of real images, or all clients alike",
+        choices=("balanced", "real", "equal"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

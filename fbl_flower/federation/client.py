@@ -134,7 +134,7 @@ def train(message: Message, context: Context) -> Message:
     shares = config.balancing.average_embeddings and result.state is not None
     reply = Reply(
         arrays=shrink(result.arrays, request.arrays, precision=config.transport.precision),
-        num_examples=result.num_real if config.aggregation.weight_by == "real" else result.num_examples,
+        num_examples=result.num_examples if config.aggregation.weight_by == "balanced" else result.num_real,
         num_real=result.num_real,
         loss=result.training.loss if result.training else 0.0,
         seconds=time.perf_counter() - started,

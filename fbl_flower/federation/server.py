@@ -235,10 +235,11 @@ class _Federation:
         return reply
 
     def _aggregate(self, result: _Round, point: Checkpoint, server_round: int) -> Checkpoint:
-        """FedAvg: the mean of the clients' models, weighted by number of images. Clients without images weigh nothing."""
-        by_real = self.config.aggregation.weight_by == "real"
+        """FedAvg: the mean of the clients' models, as `aggregation.weight-by` says. Clients without images weigh nothing."""
         replies = list(result.replies.values())
-        weights = [float(r.num_real if by_real else r.num_examples) for r in replies]
+        by = self.config.aggregation.weight_by
+        sizes = [r.num_real if by == "real" else r.num_examples for r in replies]
+        weights = [float(size > 0 if by == "equal" else size) for size in sizes]
         if sum(weights) == 0:  # only clients without images: nothing was learned
             return replace(point, server_round=server_round)
         embeddings = point.embeddings
