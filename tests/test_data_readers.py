@@ -5,7 +5,10 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from urllib.error import URLError
 
@@ -18,7 +21,7 @@ from helpers import save_image, write_folder
 from PIL import Image
 
 from fbl_flower.config import DataConfig
-from fbl_flower.data.datasets import DATASETS, load_parts
+from fbl_flower.data.datasets import DATASETS, DataParts, load_parts
 from fbl_flower.data.examples import concatenate
 from fbl_flower.data.readers import download
 from fbl_flower.data.readers.tiny_imagenet_names import TINY_IMAGENET
@@ -463,7 +466,7 @@ def write_hub(root: Path, names: list[str] | None, **columns: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize("columns", [{}, {"image": "img", "label": "fine_label"}])
+@pytest.mark.parametrize("columns", [{}, {"image": "img", "label": "fine_label"}, {"image": "leaf", "label": "disease"}])
 def test_files_of_the_hub_are_read_with_their_class_names(tmp_path: Path, columns: dict[str, str]) -> None:
     write_hub(tmp_path, ["even", "odd"], **columns)
     parts = load_parts(parquet(tmp_path))
@@ -473,6 +476,94 @@ def test_files_of_the_hub_are_read_with_their_class_names(tmp_path: Path, column
     every = concatenate(parts.public, parts.private)
     assert sorted(every.images[:, 0, 0, 0].tolist()) == list(range(20))
     assert every.labels.tolist() == (every.images[:, 0, 0, 0] % 2).tolist()
+
+
+class Hub:
+    """Stands for the hub: data sets as folders of this machine, one for each of their states."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, states: dict[str | None, Path]) -> None:
+        import huggingface_hub
+
+        self.states, self.fetched = states, list[list[str]]()
+        monkeypatch.setattr(
+            huggingface_hub.HfApi, "list_repo_files", lambda _, name, repo_type, revision: self.files(name, revision)
+        )
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.fetch)
+
+    def files(self, name: str, revision: str | None) -> list[str]:
+        assert name == "somebody/leaves"
+        root = self.states[revision]
+        return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
+
+    def fetch(self, name: str, *, repo_type: str, revision: str | None, allow_patterns: list[str], local_dir: str) -> None:
+        assert repo_type == "dataset" and name == "somebody/leaves"
+        self.fetched.append(allow_patterns)
+        for file in allow_patterns:
+            target = Path(local_dir, file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.states[revision] / file, target)
+        Path(local_dir, ".cache", "huggingface").mkdir(parents=True)
+
+
+def test_a_data_set_of_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (write_hub(tmp_path / "repo", ["even", "odd"]) / "README.md").write_text("no data")
+    hub = Hub(monkeypatch, {None: tmp_path / "repo"})
+    config = DataConfig(name="parquet", path="hf://datasets/somebody/leaves")
+    assert sizes(config) == sizes(config) == [4, 2, 0, 18]
+    assert load_parts(config).info.class_names == ("even", "odd")
+    assert [len(files) for files in hub.fetched] == [3]
+    place = tmp_path / "home" / ".fbl" / "data" / "hub" / "somebody--leaves"
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
+    assert sorted(path.name for path in place.iterdir()) == ["data"]
+
+
+def test_other_formats_are_taken_from_the_hubs_own_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "main").mkdir()
+    (tmp_path / "main" / "images.zip").write_bytes(b"")
+    for kind, value in (("large", 9), ("small", 5)):
+        for split in ("train", "test"):
+            hugging_face(tmp_path / "converted" / kind / split / "0000.parquet", [value] * 10, [0, 1] * 5, ["even", "odd"])
+    hub = Hub(monkeypatch, {None: tmp_path / "main", "refs/convert/parquet": tmp_path / "converted", "abc": tmp_path / "main"})
+
+    def load(url: str) -> DataParts:
+        return load_parts(DataConfig(name="parquet", path=url))
+
+    with pytest.raises(
+        DataError, match=r"several configurations: large, small; choose one, such as hf://datasets/somebody/leaves/large"
+    ):
+        load("hf://datasets/somebody/leaves")
+    parts = load("hf://datasets/somebody/leaves/small")
+    assert set(parts.test.images.flatten().tolist()) == {5} and len(parts.test) == 10
+    assert hub.fetched == [["small/test/0000.parquet", "small/train/0000.parquet"]]
+    with pytest.raises(DataError, match=r"somebody/leaves has no parquet files on the hub"):
+        load("hf://datasets/somebody/leaves@abc")
+    with pytest.raises(DataError, match=r"somebody/leaves has no parquet files in none on the hub"):
+        load("hf://datasets/somebody/leaves/none")
+
+
+@pytest.mark.parametrize(
+    "url", ["hf://somebody/leaves", "hf://datasets/leaves", "hf://datasets/a/b c", "hf://datasets/a/b/../../c/d"]
+)
+def test_names_that_the_hub_cannot_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(DataError, match=r"wanted hf://datasets/OWNER/NAME"):
+        load_parts(DataConfig(name="parquet", path=url))
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_hub_without_network_is_one_clear_error(tmp_path: Path, offline: str) -> None:
+    command = "from fbl_flower.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    settings = "data.name='parquet' data.path='hf://datasets/somebody/leaves' generator.name='public-images'"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "data", "plot", "-c", settings, "--out", str(tmp_path / "x.png")],
+        env=os.environ | {"HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": offline},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "hf://datasets/somebody/leaves cannot be downloaded" in done.stderr and "give their folder" in done.stderr
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_the_federations_class_list_renumbers_the_hubs(tmp_path: Path) -> None:

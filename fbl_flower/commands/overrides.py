@@ -65,11 +65,11 @@ def chosen_config(arguments: Sequence[str], *, resume: Path | None = None) -> tu
 
 
 def absolute_paths(settings: Mapping[str, Value]) -> dict[str, Value]:
-    """Return the settings with relative paths made absolute; one that begins with `~` stays as it is."""
+    """Return the settings with relative paths made absolute; one that begins with `~`, or is on the hub, stays as it is."""
     found = dict(settings)
     for key in _PATHS:
         value = found.get(key)
-        if isinstance(value, str) and value and not value.startswith("~") and (key, value) != ("resume", "auto"):
+        if isinstance(value, str) and value and not value.startswith(("~", "hf://")) and (key, value) != ("resume", "auto"):
             found[key] = os.path.abspath(value)
     return found
 

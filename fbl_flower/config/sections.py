@@ -17,7 +17,9 @@ class DataConfig:
     """Which images, and who owns them."""
 
     name: str = option("mnist5k", "data set", choices=DATA_NAMES)
-    path: str = option("", "file or folder of the data set; empty: as installed, or downloaded (see docs/data.md)")
+    path: str = option(
+        "", "file or folder of the data set, or hf://datasets/OWNER/NAME; empty: as installed, or downloaded (see docs/data.md)"
+    )
     classes: str = option("", "names between commas, in the order of the labels; for folder and parquet")
     image_size: int = option(0, "height and width in pixels; 0: as the data set has it", low=0, high=1024)
     channels: int = option(0, "1: grey, 3: colour; 0: as the data set has it, and 3 for folder", low=0, high=3)

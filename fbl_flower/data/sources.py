@@ -13,6 +13,7 @@ from fbl_flower.data.examples import Examples
 from fbl_flower.data.info import DATASETS, DataInfo, sized_by_share
 from fbl_flower.data.readers.download import default_path
 from fbl_flower.data.readers.folders import read_folder, read_tiny_imagenet
+from fbl_flower.data.readers.hub import PREFIX, hub_path
 from fbl_flower.data.readers.originals import read_cifar, read_fashion_mnist
 from fbl_flower.data.readers.packaged import read_digits, read_mnist5k
 from fbl_flower.data.readers.parquet import read_parquet
@@ -35,10 +36,12 @@ def find_source(config: DataConfig) -> Path | None:
     """Return the file or folder of the data set, or None where a package has it.
 
     Raises:
-        DataError: There is nothing at `data.path`, or, where that is empty, the data set cannot be downloaded.
+        DataError: There is nothing at `data.path`, or, where that is empty or on the hub, the data set cannot be downloaded.
     """
     if config.name in ("mnist5k", "digits"):
         return None
+    if config.path.startswith(PREFIX):
+        return hub_path(config.path)
     path = Path(config.path).expanduser() if config.path else default_path(config.name)
     if not path.exists():
         raise DataError(f"data.path: no file at {path}; wanted {_WANTED[config.name]}")

@@ -1,6 +1,7 @@
 """Parquet files with encoded images: one file with a column split, or files as the Hugging Face hub stores them.
 
-Columns: image (or img), as bytes or as a struct with bytes; label (or fine_label), as whole numbers or as names; and split,
+Columns: image (or img), as bytes or as a struct with bytes; label (or fine_label, labels), as whole numbers or as names, or the only ones
+that the Hugging Face metadata calls an image and a class label; and split,
 without which the name of a file or its folder tells (`train-00000-of-00002.parquet`, `test/0000.parquet`); all else is training data.
 """
 
@@ -77,13 +78,17 @@ class _Table:
         self.file = file
         try:
             schema = pyarrow.parquet.read_schema(file)
-            image, label = (next((c for c in names if c in schema.names), names[0]) for names in (_IMAGE, _LABEL))
+            features = _hugging_face_features(schema.metadata)
+            image = _column(schema.names, _IMAGE, "Image", features)
+            label = _column(schema.names, _LABEL, "ClassLabel", features)
             split = ["split"] if needs_split or "split" in schema.names else []
             table = pyarrow.parquet.read_table(file, columns=[image, label, *split])
             columns = {name: table[name] for name in (image, label, *split)}
         except (pyarrow.ArrowException, OSError, KeyError) as error:
-            wanted = "image, label, split" if needs_split else "image and label"
-            raise DataError(f"data.path: {file} is not a whole parquet file with the columns {wanted}: {error}") from error
+            columns_wanted = "image, label, split" if needs_split else "image and label"
+            raise DataError(
+                f"data.path: {file} is not a whole parquet file with the columns {columns_wanted}: {error}"
+            ) from error
         labels = columns[label]
         if pyarrow.types.is_dictionary(labels.type):  # as pandas writes categories
             labels = labels.cast(labels.type.value_type)
@@ -93,7 +98,8 @@ class _Table:
             got = f"{kind} with {labels.null_count} empty rows"
             raise DataError(f"data.path: {file}, column {label}: got {got}; wanted a whole number or a name in every row")
         self.raw_labels = np.array(labels.to_pylist(), dtype=object if self.labels_are_text else np.int64)
-        self.class_names = _hugging_face_names(schema.metadata, label)
+        names = features.get(label, {}).get("names")
+        self.class_names = tuple(map(str, names)) if isinstance(names, list) and names else None
         matches = (_NAMED_SPLIT.match(name.replace("_", "-")) for name in (file.stem, folder))
         one = next((match.group() for match in matches if match), "train")
         self.split = np.array(columns["split"].to_pylist() if split else [one] * len(self.raw_labels), dtype=object)
@@ -141,13 +147,20 @@ def _numbered(tables: list[_Table]) -> tuple[str, ...]:
     return tuple(f"class {label}" for label in range(max(largest, 0) + 1))
 
 
-def _hugging_face_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
-    """Return the names of a ClassLabel in the metadata that the library `datasets` writes, or None."""
+def _hugging_face_features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
+    """Return what the metadata that the library `datasets` writes says of each column; nothing where there is none."""
     try:
-        feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]
-        return tuple(str(name) for name in feature["names"]) or None
-    except (KeyError, TypeError, ValueError):
-        return None
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {str(name): feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _column(there: list[str], known: tuple[str, ...], kind: str, features: dict[str, dict[str, Any]]) -> str:
+    """Return the column with one of the `known` names, else the only one of its kind, else the first known name."""
+    of_kind = [name for name, feature in features.items() if feature.get("_type") == kind and name in there]
+    named = [name for name in known if name in there]
+    return named[0] if named else of_kind[0] if len(of_kind) == 1 else known[0]
 
 
 def _listed(names: tuple[str, ...], most: int = 10) -> str:
