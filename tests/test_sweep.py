@@ -223,6 +223,19 @@ def test_table_numbers_by_hand() -> None:
     )
 
 
+def test_the_table_says_if_results_were_made_on_different_machines(tmp_path: Path) -> None:
+    rows, out = read_rows([write_row(tmp_path, "1-a")]), tmp_path / "out"
+    run_sweep(rows, (0, 1), out=out, num_jobs=1, start=succeed)
+    said = []
+    for second in ("cpu in fp32", "cuda in bf16"):
+        for seed, ran_on in enumerate(("cpu in fp32", second)):
+            file = out / "1-a" / f"{seed}.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"ran_on": ran_on}))
+        run_sweep(rows, (0, 1), out=out, num_jobs=1, start=succeed)
+        said.append("Not all results were made alike: cpu in fp32; cuda in bf16." in (out / "table.md").read_text())
+    assert said == [False, True]
+
+
 def test_one_seed_has_no_spread() -> None:
     line = TableLine(title="x", rounds="", accuracies={0: 0.5}, seconds={0: 4}, command="run")
     assert line.deviation is None and "| x | – | 50.00 | 50.00 | 4 |" in as_markdown([line], (0,))

@@ -70,6 +70,7 @@ def test_the_job_writes_its_result_and_leaves_nothing_else(tmp_path: Path, monke
     result = json.loads(out.read_text())
     assert list(result["accuracy"]) == ["1"] and 0 <= result["accuracy"]["1"] <= 1
     assert result["config"]["train.epochs"] == 2 and result["config"]["seed"] == 4 and "state-dir" not in result["config"]
+    assert result["ran_on"] in ("cpu in fp32", "cpu in bf16", "cuda in bf16", "cuda in fp32")
     assert list(out.parent.iterdir()) == [out]
 
 

@@ -20,6 +20,7 @@ from fbl_flower.commands.experiments import Row, identity, read_rows
 from fbl_flower.commands.job_memory import memory_of
 from fbl_flower.commands.json_file import write_json
 from fbl_flower.config import RunConfig, Value, parse_config
+from fbl_flower.device import pick_device, precision_on
 from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
 
 _BYTES = ("bytes_to_clients", "bytes_from_clients")
@@ -48,7 +49,7 @@ def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
     if str(config.num_server_rounds) not in measured["accuracy"]:
         rounds = ", ".join(measured["accuracy"])
         raise RunFailed(f"{row.file}, seed {seed}: wanted the accuracy of round {config.num_server_rounds}; got {rounds}")
-    memory = memory_of(os.getpid())
+    memory, device = memory_of(os.getpid()), pick_device(config)
     return {
         "title": row.title,
         "kind": row.kind,
@@ -56,6 +57,7 @@ def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
         "seed": seed,
         "seconds": round(earlier + time.perf_counter() - begin, 1),
         "peak_bytes": memory[1] if memory else None,
+        "ran_on": f"{device.type} in {precision_on(device, config.train.precision)}",
         **measured,
         "config": identity(config, row.kind) | {"seed": seed},
     }

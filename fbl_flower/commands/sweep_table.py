@@ -24,6 +24,11 @@ def write_table(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None:
     text += as_markdown(lines, seeds, scored_on="" if scored_on == "test" else scored_on)
     if any(line.to_target for line in lines):
         text += "\nThe target counts as reached in the first round with at least that accuracy; means are over the seeds that reached it.\n"
+    places = sorted(
+        {ran_on for row in rows for result in _results(row, seeds, out).values() if (ran_on := result.get("ran_on"))}
+    )
+    if len(places) > 1:
+        text += f"\nNot all results were made alike: {'; '.join(places)}. Rounding differs, and so may accuracies by as much as seeds do.\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     (out / "table.csv").write_text(as_csv(lines, seeds), encoding="utf-8")
 
