@@ -44,6 +44,21 @@ def test_resnet18(norm: str, kind: type[nn.Module], stem: str, channels: int, fi
     assert model(images).shape == (2, 10)
 
 
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("tiny", 32)])
+def test_a_projection_is_two_more_layers_before_the_last(name: str, width: int) -> None:
+    plain, projected = (
+        new_classifier(ModelConfig(name=name, projection_width=out), channels=3, num_classes=7, seed=0) for out in (0, 20)
+    )
+    assert (
+        num_parameters(projected) == num_parameters(plain) - 7 * (width + 1) + width * (width + 1) + 20 * (width + 1) + 7 * 21
+    )
+    assert projected.width == 20
+    x = torch.randn(2, 3, 32, 32)
+    _, first, _, second = projected.features
+    expected = second(first(projected.features[0](x)).clamp(min=0))
+    assert torch.equal(projected.features(x), expected) and torch.equal(projected(x), projected.head(expected))
+
+
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 8), ("32x32", 32)])
 def test_the_stem_decides_the_resolution_of_a_small_image(stem: str, side: int) -> None:
     """7x7/2 and max-pool/2 leave 8 of 32 pixels; the 3x3/1 stem leaves all."""

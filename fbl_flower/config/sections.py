@@ -55,6 +55,9 @@ class ModelConfig:
     name: str = option("resnet18", "network; tiny is a small convolutional one for tests", choices=("resnet18", "tiny"))
     stem: str = option("imagenet", "first layers of ResNet-18: 7x7/2 and max-pool, or 3x3/1", choices=("imagenet", "32x32"))
     norm: str = option("group", "normalisation of ResNet-18", choices=("group", "batch"))
+    projection_width: int = option(
+        0, "outputs of two more layers before the last one, for every method, as MOON's paper has 256; 0: none", low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

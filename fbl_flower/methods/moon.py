@@ -19,8 +19,8 @@ class Moon:
     l_con = -log(exp(sim(z, z_glob) / tau) / (exp(sim(z, z_glob) / tau) + exp(sim(z, z_prev) / tau))), with cosine similarities,
     is the cross-entropy of the two stacked similarities with label 0. The two other models stay as they are, in evaluation mode.
 
-    Departure: z is F(x), the pooled features before the head. The paper puts a projection of two layers between; it is left out so
-    that the classifier is the same for every method. Alignment vectors take no part: z is F(x) for synthetic images too.
+    z is F(x), what the last layer sees. Departure: the paper's networks have a projection of two layers before it, under every method; here
+    `model.projection-width` = 256 does that, and the default is none. Alignment vectors take no part: z is F(x) for synthetic images too.
 
     Args:
         mu: >= 0; with 0 the gradients are FedAvg's.

@@ -20,7 +20,7 @@ class Classifier(nn.Module):
 
     Args:
         features: Module from float [N, C, H, W] to float [N, width].
-        width: Number of features (512 for ResNet-18).
+        width: Number of features (512 for ResNet-18 without a projection).
         num_classes: Number of logits.
     """
 
@@ -54,11 +54,19 @@ def empty_classifier(config: ModelConfig, *, channels: int, num_classes: int) ->
 def _build(config: ModelConfig, channels: int, num_classes: int) -> Classifier:
     match config.name:
         case "resnet18":
-            return Classifier(_resnet18(config, channels), 512, num_classes)
+            features, width = _resnet18(config, channels), 512
         case "tiny":
-            return Classifier(_tiny(channels), 32, num_classes)
+            features, width = _tiny(channels), 32
         case _:
             raise ValueError(f"model.name: got {config.name!r}; allowed: resnet18 | tiny")
+    if config.projection_width:
+        features = _projected(features, width, config.projection_width)
+    return Classifier(features, config.projection_width or width, num_classes)
+
+
+def _projected(features: nn.Module, width: int, out: int) -> nn.Module:
+    """MOON's projection head, a part of the network under every method (arXiv 2103.16257, Sec. 3.3 and 4.1)."""
+    return nn.Sequential(features, nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
 
 
 def _resnet18(config: ModelConfig, channels: int) -> nn.Module:
