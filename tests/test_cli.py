@@ -98,7 +98,7 @@ def test_resume_refuses_other_changes(tmp_path: Path) -> None:
             ["generator", "train", "--data", "digits", "--augmentation", "-1"],
             "augmentation of a generator's training: got -1.0",
         ),
-        (["generator", "quality", "nowhere", "--data", "digits"], "nowhere"),
+        (["generator", "quality", "nowhere", "--data", "digits", "--image-size", "28"], "nowhere"),
         (["sweep", "nowhere.toml"], "nowhere.toml: cannot be read as TOML"),
     ],
 )
@@ -123,7 +123,7 @@ def test_a_failed_run_exits_1_and_an_interrupted_one_130(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    arguments = ["run", "-c", "data.name='digits' data.num-private=-1 num-clients=4 balancing.enabled=false"]
+    arguments = ["run", "-c", "data.name='digits' model.name='tiny' data.num-private=-1 num-clients=4 balancing.enabled=false"]
     monkeypatch.setattr(simulation, "run_simulation", fails)
     assert cli.main(arguments) == 1
     assert "failed: run 7: finished:failed: no client succeeded" in capsys.readouterr().err
@@ -214,8 +214,8 @@ def test_the_local_engine_is_given_the_settings(monkeypatch: pytest.MonkeyPatch,
         return SimpleNamespace(run_dir=Path("/runs/1"))
 
     monkeypatch.setattr(local, "run_local", run)
-    assert cli.main(["run", "--engine", "local", "-c", "data.name='digits' balancing.enabled=false"]) == 0
-    assert asked == [{"data.name": "digits", "balancing.enabled": False}, cli.num_cores()]
+    assert cli.main(["run", "--engine", "local", "-c", "data.name='digits' model.name='tiny' balancing.enabled=false"]) == 0
+    assert asked == [{"data.name": "digits", "model.name": "tiny", "balancing.enabled": False}, cli.num_cores()]
     assert "run directory: /runs/1" in capsys.readouterr().out
 
 

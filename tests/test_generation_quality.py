@@ -95,7 +95,7 @@ def test_real_images_in_the_generators_place_score_as_real_and_as_copies():
     assert quality.real.copies < 0.2 and quality.real.mean > 0.5
     assert quality.mean("diversity") == pytest.approx(1, abs=0.05)
     assert quality.mean("ratio") == pytest.approx(1, abs=0.05)
-    assert quality.mean("agreement") > 0.85
+    assert quality.mean("agreement") > 0.85 and quality.judge_accuracy > 0.8
     assert quality.per_seed[0].synthetic_accuracy != quality.per_seed[1].synthetic_accuracy  # other images under another seed
     assert quality.mean("synthetic_accuracy") == sum(one.synthetic_accuracy for one in quality.per_seed) / 2
 
@@ -157,7 +157,12 @@ def test_generators_side_by_side():
             for seed, accuracy in enumerate(accuracies)
         )  # fmt: skip
         return Quality(
-            per_seed=seeds, num_images=5, evaluated_on="test", real=Nearest(mean=0, smallest=0, copies=0), num_bytes=num_bytes
+            per_seed=seeds,
+            num_images=5,
+            evaluated_on="test",
+            real=Nearest(mean=0, smallest=0, copies=0),
+            judge_accuracy=1.0,
+            num_bytes=num_bytes,
         )
 
     table = compare({"a": quality(0.5, 0.7, num_bytes=12), "b": quality(0.4, num_bytes=None)}).splitlines()

@@ -9,7 +9,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 from fbl_flower.config import ModelConfig
-from fbl_flower.models import Classifier, empty_classifier, new_classifier
+from fbl_flower.errors import ConfigError
+from fbl_flower.models import Classifier, check_model, empty_classifier, new_classifier
 from fbl_flower.models.cpu_layers import use_cpu_layers
 from fbl_flower.params import to_arrays
 
@@ -42,6 +43,20 @@ def test_resnet18(norm: str, kind: type[nn.Module], stem: str, channels: int, fi
     images = torch.zeros(2, channels, 32, 32, device="meta")
     assert model.features(images).shape == (2, 512)
     assert model(images).shape == (2, 10)
+
+
+def test_a_network_that_learns_nothing_from_so_small_images_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"learns nothing from images of 8 pixels; use model.stem='32x32', or data.image-size of 16"
+    ):
+        check_model(ModelConfig(), image_size=8)
+    for config, size in (
+        (ModelConfig(), 16),
+        (ModelConfig(stem="32x32"), 8),
+        (ModelConfig(norm="batch"), 8),
+        (ModelConfig(name="tiny"), 8),
+    ):
+        check_model(config, image_size=size)
 
 
 @pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("tiny", 32)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import sys
 import time
 from dataclasses import asdict, replace
 
@@ -20,9 +21,11 @@ from fbl_flower.data.examples import Examples
 from fbl_flower.errors import ConfigError, RunFailed
 from fbl_flower.generation.loading import generator_folder, load_generator
 from fbl_flower.generation.quality import Classifier, Quality, compare, measure_quality
+from fbl_flower.models import check_model
 from fbl_flower.training.central import train_centrally
 
 _BATCH = 250  # images that a measuring classifier sees at once
+_NO_JUDGE = 2  # times chance: a judge below that has not learned
 _COST_IMAGES = 100  # made in a process of its own, whose memory is measured
 
 
@@ -34,6 +37,7 @@ def quality(options: argparse.Namespace) -> None:
     if options.epochs < 1:
         raise ConfigError([f"--epochs: got {options.epochs}; allowed: whole number >= 1"])
     parts = load_parts(configs[0].data)
+    check_model(configs[0].model, image_size=parts.image_size)
     torch.set_num_threads(options.threads)
     places = [generator_folder(config, parts) for config in configs]
     generators = [load_generator(config, parts) for config in configs]  # all of them, before the first hour of work
@@ -50,6 +54,12 @@ def quality(options: argparse.Namespace) -> None:
         )
         measured[str(place)] = one = replace(one, num_bytes=size_of(place) if on_disk else None, peak_mb=peak_mb)
         print(f"{place}\n\n{one.as_markdown()}\n\nmeasured in {time.perf_counter() - start:.0f} s\n", flush=True)
+        if one.judge_accuracy < _NO_JUDGE / parts.info.num_classes:
+            print(
+                f"fbl-flower: the network that judges gives only {100 * one.judge_accuracy:.0f} % of the real images their label: nothing here "
+                "can be relied on; train longer (--epochs), or choose another (such as -c 'model.stem=\"32x32\"' for small images)",
+                file=sys.stderr,
+            )
         if options.out is not None:
             report = {name: asdict(quality) for name, quality in measured.items()}
             write_json(options.out, {"epochs": options.epochs, "generators": report})

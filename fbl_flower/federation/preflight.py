@@ -16,6 +16,7 @@ from fbl_flower.data.partition import partition
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, DataError, FBLError, GeneratorError
 from fbl_flower.generation.loading import check_generator, check_generator_files
+from fbl_flower.models import check_model
 from fbl_flower.training.roles import drawn_roles
 
 T = TypeVar("T")
@@ -50,6 +51,7 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
         labels = believed_labels(config, parts).numpy()
         attempt(partial(partition, labels, config))
         attempt(partial(scored_part, config.data, parts))
+        attempt(partial(check_model, config.model, image_size=parts.image_size))
     attempt(lambda: pick_device(config))
     somebody_fills = any(role.capability != "none" for role in drawn_roles(config))
     needed = (config.balancing.enabled and config.balancing.filling and somebody_fills) or config.warm_start.enabled

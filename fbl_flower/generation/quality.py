@@ -96,6 +96,7 @@ class Quality:
         num_images: Synthetic images under each seed.
         evaluated_on: The part whose real images judged.
         real: Distances of those real images to the public training images: what no copying looks like.
+        judge_accuracy: Share of those real images that the judge of agreement, diversity and the Fréchet distance gives their label.
         num_bytes: The generator on disk; None where it was not asked for.
         peak_mb: Largest resident set of a process that makes images, in MiB; None where it was not measured.
     """
@@ -104,6 +105,7 @@ class Quality:
     num_images: int
     evaluated_on: str
     real: Nearest
+    judge_accuracy: float
     num_bytes: int | None = None
     peak_mb: float | None = None
 
@@ -120,7 +122,8 @@ class Quality:
 
     def as_markdown(self) -> str:
         """Return a table with a row for each measure: mean, one column per seed, real images for comparison."""
-        reference = {"nearest": self.real.mean, "nearest_min": self.real.smallest, "copies": self.real.copies, "diversity": 1.0}
+        reference = {"agreement": self.judge_accuracy, "diversity": 1.0}
+        reference |= {"nearest": self.real.mean, "nearest_min": self.real.smallest, "copies": self.real.copies}
         seeds = [f"seed {one.seed}" for one in self.per_seed]
         rows = [
             "| " + " | ".join([f"{self.num_images} images, against {self.evaluated_on}", "mean", *seeds, "real"]) + " |",
@@ -214,6 +217,7 @@ def measure_quality(
         num_images=len(labels),
         evaluated_on=evaluate_on,
         real=nearest_training_image(real.images, parts.public.images),
+        judge_accuracy=_accuracy(judge, real.images, real.labels),
     )
 
 

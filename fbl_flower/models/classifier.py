@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from fbl_flower.config import ModelConfig
+from fbl_flower.errors import ConfigError
 from fbl_flower.models.cpu_layers import use_cpu_layers
 from fbl_flower.seeding import derive
 
+_SMALLEST = 16  # pixels of images that ResNet-18 with the ImageNet stem and GroupNorm was seen to learn from
 _INIT_LOCK = threading.Lock()  # torch's initialisers draw from the global generator: one model at a time
 
 
@@ -36,6 +38,21 @@ class Classifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits [N, classes] of images [N, C, H, W] scaled to -1 .. 1."""
         return self.head(self.features(x))
+
+
+def check_model(config: ModelConfig, *, image_size: int) -> None:
+    """Refuse a network that cannot learn from images so small; raises `ConfigError`.
+
+    With the ImageNet stem, all but the first quarter of ResNet-18 sees maps of one pixel of an image of 8 pixels, and GroupNorm makes
+    little more than signs of those: on the digits it stays at chance, where BatchNorm and the 3x3 stem do not.
+    """
+    if (config.name, config.stem, config.norm) == ("resnet18", "imagenet", "group") and image_size < _SMALLEST:
+        raise ConfigError(
+            [
+                f"model.stem: 'imagenet' with model.norm 'group' learns nothing from images of {image_size} pixels; "
+                f"use model.stem='32x32', or data.image-size of {_SMALLEST} and more"
+            ]
+        )
 
 
 def new_classifier(config: ModelConfig, *, channels: int, num_classes: int, seed: int) -> Classifier:
