@@ -56,6 +56,7 @@ def test_the_size_is_cpu_unless_asked_for(tmp_path: Path) -> None:
     assert (small.config.num_clients, small.target, small.size) == (2, 0.3, "cpu")
     assert (large.config.num_clients, large.target, large.size) == (20, 0.6, "paper")
     assert read_rows([folder], target=0.9)[0].target == 0.9
+    assert "--size cpu --target-accuracy 0.9 --seeds 0" in read_rows([folder], target=0.9)[0].command((0,))
     assert large.command((0, 1)) == f"fbl-flower sweep {folder / 'a.toml'} --size paper --seeds 0,1"
     alone = write(tmp_path / "alone", b=row_text())
     assert read_rows([alone])[0].size == ""
@@ -192,14 +193,15 @@ def test_test_and_validation_are_not_mixed_in_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", SETS, ids=lambda path: path.name)
 def test_every_set_is_valid_and_says_what_its_size_is(folder: Path, size: str) -> None:
     rows = read_rows([folder], size=size, overrides={"data.path": "/data"})
-    assert all(row.config.num_server_rounds >= 30 and row.config.fraction_train == 0.5 for row in rows)
+    federations = [row for row in rows if row.kind == "federation"]  # of the others, rounds say only how many steps are taken
+    assert all(row.config.num_server_rounds >= 30 and row.config.fraction_train == 0.5 for row in federations)
     assert all(any(f"size {size}" in note for note in row.notes) and row.target for row in rows)
     distinct = {json.dumps([row.kind, flatten(row.config)]) for row in rows}
     assert len(distinct) == len(rows) == len({row.title for row in rows})
     assert {row.config.data.evaluate_on for row in rows} == {"validation" if "tuning" in folder.name else "test"}
     if size == "paper":
         assert all(row.config.model.stem == "32x32" and row.config.model.name == "resnet18" for row in rows)
-        assert {row.config.num_server_rounds for row in rows} == {60 if "tuning" in folder.name else 200}
+        assert {row.config.num_server_rounds for row in federations} == {60 if "tuning" in folder.name else 200}
         assert {row.config.num_clients for row in rows} == ({20, 50, 100} if "framework" in folder.name else {20})
 
 

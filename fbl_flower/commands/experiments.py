@@ -39,6 +39,7 @@ class Row:
         target: Accuracy, 0 .. 1, the way to which the table measures in rounds and bytes; None: none is set.
         notes: What a reader of the table has to know, such as in what a size is reduced.
         overrides: Run-config keys from the command line.
+        target_overridden: Whether `target` is from the command line too.
     """
 
     file: Path
@@ -51,6 +52,7 @@ class Row:
     target: float | None = None
     notes: tuple[str, ...] = ()
     overrides: dict[str, Value] = field(default_factory=dict)
+    target_overridden: bool = False
 
     @property
     def name(self) -> str:
@@ -63,6 +65,7 @@ class Row:
         pairs = to_toml(shown).replace(" = ", "=").split("\n")[:-1]
         parts = ["fbl-flower", "sweep", str(self.file)]
         parts += ["--size", self.size] if self.size else []
+        parts += ["--target-accuracy", f"{self.target:g}"] if self.target_overridden else []
         parts += ["-c", shlex.quote(" ".join(pairs))] if pairs else []
         return " ".join([*parts, "--seeds", ",".join(map(str, seeds))])
 
@@ -123,7 +126,7 @@ def read_rows(
     problems: list[str] = []
     files: list[Path] = []
     for path in paths:
-        found = [file for file in sorted(path.glob("*.toml")) if not file.name.startswith("_")] if path.is_dir() else [path]
+        found = _files_in(path) if path.is_dir() else [path]
         if not found:
             problems.append(f"{path}: no .toml file with a row in this folder")
         if path.name.startswith("_"):
@@ -154,7 +157,7 @@ def read_beside(
     """Read all rows of the folders that `rows` are of, in order of name, as `read_rows` does; those that cannot be read are left out."""
     found = []
     for folder in dict.fromkeys(row.file.parent for row in rows):
-        for file in sorted(folder.glob("[!_]*.toml")):
+        for file in _files_in(folder):
             with contextlib.suppress(ConfigError):
                 found.append(_read_row(file, size, dict(overrides or {}), target))
     return found
@@ -169,6 +172,10 @@ def twins(rows: Sequence[Row]) -> list[str]:
         for one, row in pairs
         if one is not row
     ]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[!_]*.toml"))
 
 
 def _read_row(file: Path, size: str | None, overrides: dict[str, Value], target: float | None) -> Row:
@@ -216,4 +223,5 @@ def _read_row(file: Path, size: str | None, overrides: dict[str, Value], target:
         target=aim,
         notes=layers.notes,
         overrides=overrides,
+        target_overridden=target is not None,
     )
