@@ -44,5 +44,8 @@ def weighted_mean(parts: Sequence[Mapping[str, np.ndarray]], weights: Sequence[f
             if part.keys() != first.keys() or part[name].shape != like.shape:
                 raise ValueError(f"parameters differ between clients at {name!r}")
             accumulated += part[name].astype(np.float64) * (weight / total)
-        mean[name] = (np.rint(accumulated) if np.issubdtype(like.dtype, np.integer) else accumulated).astype(like.dtype)
+        whole = np.issubdtype(like.dtype, np.integer)
+        mean[name] = np.asarray(
+            np.rint(accumulated) if whole else accumulated, dtype=like.dtype
+        )  # of one number NumPy makes a scalar
     return mean

@@ -324,7 +324,8 @@ def change(column: str, row: int, value: object) -> Callable[[Table], None]:
         (change("image", 7, None), "row 7: not an image"),
         (change("image", 7, png(1)[:60]), "row 7: not an image"),
         (change("image", 7, png(1)[:50] + b"\0\0\0\0" + png(1)[54:]), "row 7: not an image"),
-        (lambda table: table.pop("split"), "columns image, label, split"),
+        (lambda table: table.pop("split"), "has the columns image, label, and none called split; rename yours"),
+        (lambda table: table.update(label=pyarrow.array([2**63] * 50, pyarrow.uint64())), "column label: has a number above 2"),
         (lambda table: table.update(label=["cat"] * 49 + ["lynx"]), "has the label 'lynx'; the classes are airplane, automobile"),
         (lambda table: table.update(label=[0.5] * 50), "column label: got double with 0 empty rows; wanted a whole number or a name"),
         (lambda table: table.update(split=["train"] * 50), "no rows with split 'test'"),
@@ -333,7 +334,7 @@ def change(column: str, row: int, value: object) -> Callable[[Table], None]:
     ],
     ids=[
         "label-too-large", "label-negative", "label-null", "wrong-size", "undecodable", "empty-bytes", "image-null", "image-cut-short",
-        "image-damaged", "column-missing", "label-unknown", "labels-are-fractions", "no-test", "no-train", "no-rows",
+        "image-damaged", "column-missing", "label-huge", "label-unknown", "labels-are-fractions", "no-test", "no-train", "no-rows",
     ],
 )  # fmt: skip
 def test_a_bad_parquet_file_is_one_error_that_names_the_file(

@@ -274,6 +274,35 @@ def test_a_folder_is_cut_by_shares_and_every_class_is_in_every_part(tmp_path: Pa
     assert every.labels.tolist() == (every.images[:, 1, 0, 0] // 10).tolist()
 
 
+def test_a_small_class_of_a_folder_is_in_every_part(tmp_path: Path) -> None:
+    """Of 60 and 20 images, 16 are test images and 8 public, 2 of these for validation: of the smaller class a quarter of each.
+
+    The cut goes by place within the class, (rank + 1/2) / size: the small class's are at 1/40, 3/40, 5/40, 7/40, ...
+    """
+    write_folder(tmp_path, {"ant": 60, "bee": 20})
+    parts = load_parts(folder(tmp_path))
+    found = [part.counts(2).tolist() for part in (parts.test, parts.public, parts.validation, parts.private)]
+    assert [sum(counts) for counts in found] == [16, 6, 2, 56]
+    assert found[0] == [12, 4] and found[3] == [42, 14]
+    assert all(abs(few - sum((many, few)) / 4) < 1 for many, few in found)
+
+
+def test_grey_images_of_16_bits_are_scaled_and_others_of_more_bits_refused(tmp_path: Path) -> None:
+    """65535 is white, 257 x 100 is 100 of 255; 32 bits have no white that is known."""
+    write_folder(tmp_path, {"ant": 8, "bee": 8})
+    for suffix in ("png", "tif"):
+        Image.fromarray(np.array([[0, 25700], [60000, 65535]], dtype=np.uint16).repeat(4, 0).repeat(4, 1)).save(
+            tmp_path / "ant" / f"deep.{suffix}"
+        )
+    parts = load_parts(folder(tmp_path, num_test=1, num_public=0))
+    images = torch.cat([parts.test.images, parts.private.images])
+    deep = [image for image in images if image[0, 7, 7] == 255]
+    assert len(deep) == 2 and all(image[:, ::4, ::4].tolist() == [[[0, 100], [233, 255]]] * 3 for image in deep)
+    Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "ant" / "float.tif")
+    with pytest.raises(DataError, match=r"float.tif: not an image \(Pillow's mode F, 32 bits a pixel; wanted 8 or 16 bits\)"):
+        load_parts(folder(tmp_path))
+
+
 def test_labels_follow_the_federations_list_and_not_the_folders_listing(tmp_path: Path) -> None:
     write_folder(tmp_path, {"ant": 10, "cat": 10})
     parts = load_parts(folder(tmp_path, classes="cat, bee ,ant"))
@@ -338,6 +367,12 @@ def test_bad_folders(tmp_path: Path) -> None:
         DataError, match=r"the directory .*/ok/bee is none of the classes ant, cat; add it to data.classes or move it"
     ):
         load_parts(folder(tmp_path / "ok", classes="ant,cat"))
+    (tmp_path / "ok" / "__MACOSX").mkdir()
+    save_image(tmp_path / "ok" / "bee" / "young" / "queens" / "1.png", 0)
+    with pytest.raises(DataError, match=r"images in .*/ok/bee/young; wanted those of the class bee directly in .*/ok/bee$"):
+        load_parts(folder(tmp_path / "ok"))
+    shutil.rmtree(tmp_path / "ok" / "bee" / "young")
+    assert load_parts(folder(tmp_path / "ok")).info.class_names == ("ant", "bee")
     save_image(tmp_path / "flat" / "1.png", 0)
     with pytest.raises(DataError, match="flat has no class directories; wanted .*flat/CLASS/IMAGE.png"):
         load_parts(folder(tmp_path / "flat"))
@@ -622,13 +657,35 @@ def test_folders_may_name_the_splits(tmp_path: Path) -> None:
     assert sorted(load_parts(parquet(tmp_path)).test.images[:, 0, 0, 0].tolist()) == [100, 101]
 
 
+@pytest.mark.parametrize("name", ["digits-test", "Test", "testing_1", "test/a/0", "split=test/0", "d.TEST.v2"])
+def test_a_word_in_a_name_is_the_split(tmp_path: Path, name: str) -> None:
+    """`latest` and `trained` are no such words; a column says more than a name."""
+    hugging_face(tmp_path / "latest" / "trained.parquet", list(range(20)), [v % 2 for v in range(20)], None)
+    hugging_face(tmp_path / f"{name}.parquet", [100, 101], [0, 1], None)
+    assert sorted(load_parts(parquet(tmp_path)).test.images[:, 0, 0, 0].tolist()) == [100, 101]
+
+
+def test_an_empty_file_beside_others_holds_no_images(tmp_path: Path) -> None:
+    hugging_face(tmp_path / "train-0.parquet", list(range(20)), [v % 2 for v in range(20)], ["a", "b"])
+    empty = pyarrow.parquet.read_table(tmp_path / "train-0.parquet").slice(0, 0)
+    pyarrow.parquet.write_table(empty, tmp_path / "train-1.parquet")
+    assert sum(sizes(parquet(tmp_path, classes="b,a"))) == 20
+
+
 def test_bad_parquet_data_sets(tmp_path: Path) -> None:
+    hugging_face(tmp_path / "both" / "train-test.parquet", [1, 2], [0, 1], None)
+    with pytest.raises(DataError, match=r"the name 'train-test' says test and train; rename it, or add a column split"):
+        load_parts(parquet(tmp_path / "both"))
+    hugging_face(tmp_path / "from-one.parquet", [1, 2], [1, 2], None)
+    with pytest.raises(DataError, match="has labels from 1 on; without data.classes, classes are numbered from 0"):
+        load_parts(parquet(tmp_path / "from-one.parquet"))
+    hugging_face(tmp_path / "other.parquet", [1, 2], [0, 1], None, image="picture", label="kind")
+    with pytest.raises(DataError, match="has the columns picture, kind, and none called image or label; rename yours"):
+        load_parts(parquet(tmp_path / "other.parquet"))
     write_hub(tmp_path / "cut", ["even", "odd"])
     file = tmp_path / "cut" / "data" / "train-00001-of-00002.parquet"
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(
-        DataError, match=r"train-00001-of-00002.parquet is not a whole parquet file with the columns image and label"
-    ):
+    with pytest.raises(DataError, match=r"train-00001-of-00002.parquet is not a whole parquet file: "):
         load_parts(parquet(tmp_path / "cut"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no file \*.parquet in .*/empty"):
@@ -641,7 +698,7 @@ def test_bad_parquet_data_sets(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has labels up to 1000000000000000; without data.classes, at most 9999"):
         load_parts(parquet(tmp_path / "far.parquet"))
     hugging_face(tmp_path / "negative.parquet", [1, 2], [0, -1], None)
-    with pytest.raises(DataError, match="negative.parquet has labels -1 to 0; parquet has the labels 0 to 0"):
+    with pytest.raises(DataError, match="has labels from -1 on; without data.classes, classes are numbered from 0"):
         load_parts(parquet(tmp_path / "negative.parquet"))
     hugging_face(tmp_path / "test-only" / "test-0.parquet", [1], [0], None)
     with pytest.raises(DataError, match="no rows with split 'train'"):

@@ -165,7 +165,25 @@ def test_a_packaged_generator_that_changed_makes_other_results(monkeypatch: pyte
     assert "generator.bundled" in identity(without.config, kind="synthetic-only")
     (tmp_path / "recipe.json").write_text("retrained")
     monkeypatch.setattr(experiments, "bundled_generator", lambda *_: tmp_path)
+    row = read_rows([folder])[0]
     assert [text.split("@")[0] for text in row.differences(stored)] == ["generator.bundled: 'digits-8px"]
+
+
+def test_own_files_are_part_of_a_result_and_a_named_data_sets_place_is_not(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name / "cat").mkdir(parents=True)
+        (tmp_path / name / "cat" / "1.png").write_bytes(b"12345678"[: len(name)])
+    text = "data.name = 'folder'\ndata.path = '{0}'\ngenerator.name = 'public-images'"
+    paths = {name: str(tmp_path / name) for name in ("one", "other")}
+    folder = write(tmp_path / "set", **{name: row_text(text.format(path)) for name, path in paths.items()})
+    one, other = read_rows([folder])
+    assert experiments.twins([one, other]) == []
+    stored = {"kind": "federation", "config": dict(one.identity)}
+    assert one.differences(stored) == [] and other.differences(stored)[0].startswith("data.files: ")
+    (tmp_path / "one").rename(tmp_path / "moved")
+    moved = read_rows([folder / "one.toml"], overrides={"data.path": str(tmp_path / "moved")})[0]
+    assert moved.differences(stored) == []
+    assert "data.files" not in read_rows([write(tmp_path / "named", a=row_text())])[0].identity
 
 
 @pytest.mark.parametrize("folder", SETS, ids=lambda path: path.name)

@@ -153,6 +153,19 @@ def test_balancing_switched_off_is_fedavg_bit_for_bit(tmp_path: Path) -> None:
     assert metrics(fedavg.run_dir) == metrics(nothing.run_dir)
 
 
+def test_batch_norms_counts_of_batches_are_averaged_and_kept_in_checkpoints(tmp_path: Path) -> None:
+    """They are single whole numbers: two clients of 30 images in batches of 32 take one batch each."""
+    settings = quick(
+        tmp_path, model__name="resnet18", model__stem="32x32", model__norm="batch", data__num_private=60, data__partition="iid",
+        num_clients=2, fraction_train=1.0, num_server_rounds=1, checkpoint_every=1, balancing__enabled=False,
+    )  # fmt: skip
+    run_dir = run_local(settings).run_dir
+    counts = [array for name, array in load_file(run_dir / "model.safetensors").items() if name.endswith("num_batches_tracked")]
+    assert len(counts) == 20 and all(count.shape == () and count == 1 for count in counts)
+    resumed = run_local(settings | {"resume": str(run_dir), "num-server-rounds": 2})
+    assert resumed.summary["status"] == "completed"
+
+
 def test_empty_and_one_sample_clients_take_part(tmp_path: Path) -> None:
     outcome = run_local(quick(tmp_path, data__num_private=12, num_clients=8, data__alpha=0.05, fraction_train=1.0, seed=3))
     config = parse_config(quick(tmp_path, data__num_private=12, num_clients=8, data__alpha=0.05, seed=3))

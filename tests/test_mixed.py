@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from fbl_flower.balancing.plan import make_rich_plan
 from fbl_flower.config import RunConfig, parse_config
+from fbl_flower.config.methods import counts_of
 from fbl_flower.errors import ConfigError, GeneratorError, RunFailed
 from fbl_flower.federation import client, method_rounds, server
 from fbl_flower.federation.local import LocalGrid, run_local
@@ -64,8 +65,13 @@ def test_the_kinds_do_not_overlap_and_the_rest_is_as_usual() -> None:
     assert set(drawn_roles(config_of(num_clients=4))) == {Role(capability="full", method="fedavg")}
 
 
-def test_rounding_never_asks_for_more_clients_than_there_are() -> None:
-    """0.3 and 0.7 of five clients round to 2 and 4: the second kind gets the three that are left."""
+def test_shares_are_rounded_together() -> None:
+    """0.3 and 0.7 of five clients are 1.5 and 3.5, which must be 2 and 3: the first gets its half up, both together get all.
+
+    Four quarters of ten clients end at 2.5, 5, 7.5 and 10, so with halves up at 3, 5, 8 and 10.
+    """
+    assert counts_of([0.25] * 4, 10) == [3, 2, 3, 2] and counts_of([], 7) == [] and counts_of([0.28], 25) == [7]
+    assert counts_of([0.1] * 10, 33) == [3, 4, 3, 3, 4, 3, 3, 3, 4, 3] and counts_of([0.05, 0.95], 10) == [1, 9]
     config = config_of(num_clients=5, clients__rich_share=0.3, clients__no_generator_share=0.7)
     assert len(with_("rich", config)) == 2 and len(with_("none", config)) == 3
     config = config_of(num_clients=5, clients__methods="moon=0.3, fedprox=0.7")
@@ -96,7 +102,19 @@ def test_rounding_never_asks_for_more_clients_than_there_are() -> None:
         ),
         (
             {"clients__rich_share": 0.5, "balancing__enabled": False},
-            "clients.rich-share: got 0.5, but balancing.enabled is false: there is nothing to fill",
+            "clients.rich-share: got 0.5, but balancing.enabled is false: nobody fills anything",
+        ),
+        (
+            {"clients__no_generator_share": 0.5, "balancing__enabled": False},
+            "clients.no-generator-share: got 0.5, but balancing.enabled is false: nobody fills anything",
+        ),
+        (
+            {"num_clients": 2, "clients__methods": "fedprox=0.25, moon=0.25"},
+            "clients.methods: moon: got 0.25, and of 2 clients that is nobody, as shares are rounded in their order",
+        ),
+        (
+            {"num_clients": 4, "clients__rich_share": 0.1},
+            "clients.rich-share: got 0.1, and of 4 clients that is nobody, as shares are rounded in their order",
         ),
         ({"method__name": "sgd"}, "method.name: got 'sgd' (str); allowed: fedavg | fedprox | moon | scaffold | fedgen"),
     ],

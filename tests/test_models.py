@@ -178,9 +178,31 @@ def test_a_small_map_is_computed_tap_by_tap(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: calls.append(x.shape) or torch.zeros(1))
     for side in (1, 2, 3):
         ours(torch.zeros(1, 2, side, side))
+        with torch.autocast("cpu", torch.bfloat16):
+            ours(torch.zeros(1, 2, side, side))
+    assert [shape[-1] for shape in calls] == [3, 3]
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (2, 1), (3, 2), (4, 2)])
+def test_under_autocast_a_small_map_is_computed_in_bf16_with_the_gradients_of_floats(size: int, stride: int) -> None:
+    """bf16 has 8 bits of mantissa: products of 64 channels differ by a percent or so. Weights' gradients are floats, as the weights are.
+
+    torch's own gradient in bf16 of the weights of a convolution with stride 2, of a map of one pixel, is sometimes garbage.
+    """
+    torch.manual_seed(0)
+    layer = nn.Conv2d(64, 32, 3, stride=stride, padding=1, bias=False)
+    ours, x = converted(layer), torch.randn(16, 64, size, size)
+    mine, theirs = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
     with torch.autocast("cpu", torch.bfloat16):
-        ours(torch.zeros(1, 2, 2, 2))
-    assert [shape[-1] for shape in calls] == [3, 2]
+        output = ours(mine)
+    assert output.dtype == torch.bfloat16
+    wanted = layer(theirs)
+    direction = torch.randn_like(wanted)
+    output.backward(direction.bfloat16())
+    wanted.backward(direction)
+    for got, exact in [(output.detach(), wanted.detach()), (mine.grad, theirs.grad), (ours.weight.grad, layer.weight.grad)]:
+        assert float((got.float() - exact).norm()) <= 0.01 * float(exact.norm())
+    assert ours.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def test_whole_numbers_are_rounded_and_stay_whole() -> None:
     """BatchNorm's count of batches: (1 * 10 + 2 * 11) / 3 = 10.67 -> 11; a plain cast would give 10."""
     mean = weighted_mean([{"n": np.int64(10)[...]}, {"n": np.int64(11)[...]}], [1, 2])
     assert mean["n"] == 11
-    assert mean["n"].dtype == np.int64 and mean["n"].shape == ()
+    assert isinstance(mean["n"], np.ndarray) and mean["n"].dtype == np.int64 and mean["n"].shape == ()
 
 
 def test_every_dtype_is_kept_by_name() -> None:

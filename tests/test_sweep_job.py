@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from helpers import quick
 
-from fbl_flower.commands import sweep_job
+from fbl_flower.commands import sweep, sweep_job
 from fbl_flower.commands.experiments import Row, read_rows
 from fbl_flower.commands.job_memory import MemoryGate, memory_of
-from fbl_flower.commands.sweep_job import remove_run, run_one
+from fbl_flower.commands.sweep_job import remove_run, run_one, unfinished_otherwise
 from fbl_flower.config import Value, to_toml
+from fbl_flower.errors import ConfigError
 from fbl_flower.federation.local import run_local
+from fbl_flower.reporting.unfinished import Claim
 
 SETS = sorted((Path(__file__).parents[1] / "experiments").glob("0*"))
 GIVEN = ("pictures", "output-dir")
@@ -51,22 +56,71 @@ def test_a_killed_job_goes_on_from_its_checkpoint_with_the_same_numbers(
     assert tmp_path.is_dir() and not keep.exists() and not (tmp_path / "state" / "clients" / run_dir.name).exists()
 
 
-def test_a_run_directory_that_does_not_fit_is_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_checkpoint_is_begun_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row, keep = make_row(tmp_path, num_server_rounds=1), tmp_path / "keep"
-    other = row.settings | {"seed": 0, "num-threads": 1, "pictures": False, "output-dir": str(keep), "train.epochs": 2}
-    run_dir = run_local(other).run_dir
-    (keep / "0-killed-before-its-first-checkpoint").mkdir()
+    (keep / "0-killed-before-its-first-checkpoint").mkdir(parents=True)
+    assert unfinished_otherwise(row, 0, keep) == []
     run_one(row, 0, keep=keep)
-    printed = capsys.readouterr().out
-    assert printed.count("starts afresh") == 2 and not run_dir.exists() and len(list(keep.iterdir())) == 1
+    assert capsys.readouterr().out.count("starts afresh") == 1 and len(list(keep.iterdir())) == 1
+
+
+def test_an_unfinished_run_with_other_settings_is_kept_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, out = make_row(tmp_path, num_server_rounds=1), tmp_path / "out"
+    keep = out / row.name / "runs" / "0"
+    other = row.settings | {"seed": 0, "num-threads": 1, "pictures": False, "output-dir": str(keep)}
+    run_dir = run_local(other | {"train.epochs": 2, "num-server-rounds": 2}).run_dir
+    named = f"{run_dir}: begun with other settings (train.epochs: 2, now 1; num-server-rounds: 2, now 1); delete it, or use another --out"
+    with pytest.raises(ConfigError) as caught:
+        sweep.run_sweep([row], (0,), out=out, num_jobs=1)
+    assert caught.value.problems == [named]
+    assert job(monkeypatch, row, 0, out / row.name / "0.json") == 1 and (run_dir / "checkpoint.safetensors").is_file()
+
+
+def job(monkeypatch: pytest.MonkeyPatch, row: Row, seed: int, out: Path, *more: str) -> int:
+    """Run a job in this process, as `python -m fbl_flower.commands.sweep_job` does."""
+    monkeypatch.setattr("sys.argv", ["sweep_job", "--row", str(row.file), "--seed", str(seed), "--out", str(out), *more])
+    return sweep_job.main()
+
+
+def test_a_job_that_another_process_runs_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row, out = make_row(tmp_path, "public-only", num_server_rounds=1), tmp_path / "out" / "row" / "0.json"
+    keep = out.parent / "runs" / "0"
+    (keep / "a-run").mkdir(parents=True)
+    monkeypatch.setattr(sweep_job, "_PATIENCE", 0.0)
+    claim = Claim(keep, patience=0.0)
+    assert job(monkeypatch, row, 0, out) == 1 and not out.exists() and (keep / "a-run").is_dir()
+    assert f"failed: another process runs this row under seed 0 in {keep}" in capsys.readouterr().out
+    claim.release()
+    assert job(monkeypatch, row, 0, out) == 0 and out.exists()
+    written = out.read_bytes()
+    assert job(monkeypatch, row, 0, out) == 1 and out.read_bytes() == written
+    assert f"failed: another process has written {out}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes there do not change their parent")
+def test_a_job_ends_when_its_sweep_was_killed(tmp_path: Path) -> None:
+    """A process of its own starts the job and is killed; the job's lock is then free within seconds."""
+    row, out = make_row(tmp_path, num_server_rounds=100_000), tmp_path / "out" / "0.json"
+    command = [sys.executable, "-m", "fbl_flower.commands.sweep_job", "--row", str(row.file), "--seed", "0", "--out", str(out)]
+    text = f"import subprocess, time; job = subprocess.Popen({command!r}); print(job.pid, flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        deadline = time.monotonic() + 60
+        while not list((out.parent / "runs" / "0").glob("*/metrics.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        parent.kill()
+        while memory_of(pid) is not None and time.monotonic() < deadline:
+            time.sleep(0.1)
+    Claim(out.parent / "runs" / "0", patience=5.0).release()
 
 
 def test_the_job_writes_its_result_and_leaves_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row, out = make_row(tmp_path, "public-only", num_server_rounds=1), tmp_path / "out" / "row" / "4.json"
     out.parent.mkdir(parents=True)
-    arguments = ["sweep_job", "--row", str(row.file), "--seed", "4", "--out", str(out), "--overrides", '{"train.epochs": 2}']
-    monkeypatch.setattr("sys.argv", arguments)
-    assert sweep_job.main() == 0
+    assert job(monkeypatch, row, 4, out, "--overrides", '{"train.epochs": 2}') == 0
     result = json.loads(out.read_text())
     assert list(result["accuracy"]) == ["1"] and 0 <= result["accuracy"]["1"] <= 1
     assert result["config"]["train.epochs"] == 2 and result["config"]["seed"] == 4 and "state-dir" not in result["config"]

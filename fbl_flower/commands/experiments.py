@@ -7,12 +7,14 @@ import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fbl_flower.commands.experiment_files import read_layers
 from fbl_flower.config import RunConfig, Value, flatten, parse_config, to_toml
 from fbl_flower.data.info import DATASETS
+from fbl_flower.data.sources import files_digest
 from fbl_flower.errors import ConfigError
 from fbl_flower.generation.loading import bundled_generator
 from fbl_flower.generation.recipe import RECIPE
@@ -22,6 +24,7 @@ _GIVEN_BY_THE_SWEEP = ("seed", "num-threads", "output-dir", "resume", "pictures"
 # What says where things lie or when they are saved, and changes no number of a result.
 _NO_NUMBERS = ("data.path", "state-dir", "checkpoint-every", "timeout")
 _BUNDLED = "generator.bundled"  # no setting: the content of the generator that comes with the package, where that is used
+_FILES = "data.files"  # no setting: names and sizes of the user's own files, where those are the data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +72,17 @@ class Row:
         parts += ["-c", shlex.quote(" ".join(pairs))] if pairs else []
         return " ".join([*parts, "--seeds", ",".join(map(str, seeds))])
 
+    @cached_property
+    def identity(self) -> dict[str, Value]:
+        """The settings that decide the row's numbers, as `identity` has them."""
+        return identity(self.config, self.kind)
+
     def differences(self, stored: dict[str, Any]) -> list[str]:
         """Name the settings in which a stored result was made otherwise; one that is newer than the result had its default."""
-        now: dict[str, Any] = {"kind": self.kind} | identity(self.config, self.kind)
+        now: dict[str, Any] = {"kind": self.kind} | self.identity
         defaults = identity(RunConfig())
-        defaults.pop(_BUNDLED, None)  # results of before it was noted say nothing of it
+        for name in (_BUNDLED, _FILES):
+            defaults.pop(name, None)  # results of before it was noted say nothing of it
         before = {"kind": stored.get("kind")} | defaults | stored.get("config", {})
         return [
             f"{key}: {before[key]!r}, now {now.get(key, 'gone')!r}"
@@ -83,8 +92,10 @@ class Row:
 
 
 def identity(config: RunConfig, kind: str = "federation") -> dict[str, Value]:
-    """Return the settings that decide a result's numbers; a generator is named by its content, not by where it lies."""
+    """Return the settings that decide a result's numbers; a generator, and data of the user's own, are named by content, not by place."""
     settings = {key: value for key, value in flatten(config).items() if key not in (*_GIVEN_BY_THE_SWEEP, *_NO_NUMBERS)}
+    if config.data.name in ("folder", "parquet"):
+        settings[_FILES] = files_digest(config.data.path)
     if config.generator.path:
         folder = Path(config.generator.path).expanduser()
         settings["generator.path"] = f"{folder.name}@{_digest(folder)}"
@@ -166,7 +177,7 @@ def read_beside(
 def twins(rows: Sequence[Row]) -> list[str]:
     """Name rows that ask for the same, as happens where the command line sets what makes the difference between two."""
     first: dict[str, Row] = {}
-    pairs = [(first.setdefault(repr((row.kind, identity(row.config, row.kind))), row), row) for row in rows]
+    pairs = [(first.setdefault(repr((row.kind, row.identity)), row), row) for row in rows]
     return [
         f"{row.file}: asks for the same as {one.file}, so that one of their titles is wrong; leave one out, or change the settings (-c)"
         for one, row in pairs
@@ -175,7 +186,7 @@ def twins(rows: Sequence[Row]) -> list[str]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[!_]*.toml"))
+    return sorted(folder.glob("[!_.]*.toml"))
 
 
 def _read_row(file: Path, size: str | None, overrides: dict[str, Value], target: float | None) -> Row:

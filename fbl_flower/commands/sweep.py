@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from fbl_flower.commands.experiments import Row, read_beside, read_rows, twins
 from fbl_flower.commands.job_memory import MemoryGate
+from fbl_flower.commands.sweep_job import unfinished_otherwise
 from fbl_flower.commands.sweep_table import write_pictures, write_table
 from fbl_flower.config import RunConfig, Value
 from fbl_flower.errors import ConfigError, FBLError
@@ -135,10 +136,10 @@ def run_sweep(
         known: As `whole_table` has them.
 
     Raises:
-        ConfigError: A result there was made with other settings, or is damaged.
+        ConfigError: A result there was made, or a run begun, with other settings; or a result is damaged.
     """
     jobs = [Job(row=row, seed=seed, result=out / row.name / f"{seed}.json") for seed in seeds for row in rows]
-    problems = [problem for job in jobs if job.result.exists() for problem in _stale(job)]
+    problems = [problem for job in jobs for problem in (_stale(job) if job.result.exists() else _begun_otherwise(job))]
     if problems:
         raise ConfigError(problems)
     waiting = [job for job in jobs if not job.result.exists()]
@@ -230,7 +231,7 @@ def _start(job: Job) -> Process:
         "--out",
         str(job.result),
     ]
-    with job.log.open("w") as log:
+    with job.log.open("a") as log:  # a job that was killed goes on: its log too
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         )
@@ -239,12 +240,20 @@ def _start(job: Job) -> Process:
 def _stale(job: Job) -> list[str]:
     """Say why a result that is there cannot stand for its job."""
     try:
-        differences = job.row.differences(_result(job))
-    except (ValueError, AttributeError) as error:
+        result = _result(job)
+        differences = job.row.differences(result)
+        if missing := [f"{number}" for number in job.row.report_rounds if str(number) not in result["accuracy"]]:
+            differences.append(f"no accuracy of round {', '.join(missing)}")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         return [f"{job.result}: damaged ({error}); delete it, and it is run again"]
     if not differences:
         return []
     return [f"{job.result}: made with other settings ({'; '.join(differences)}); delete it, or use another --out"]
+
+
+def _begun_otherwise(job: Job) -> list[str]:
+    """Say why a run that was killed cannot be gone on with for its job."""
+    return unfinished_otherwise(job.row, job.seed, job.result.parent / "runs" / str(job.seed))
 
 
 def _outcome(job: Job) -> str:

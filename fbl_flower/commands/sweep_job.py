@@ -1,6 +1,7 @@
 """One job of a sweep: a row under a seed, in a process of its own.
 
 A federation's run directory lies in `runs/SEED` beside the result until that is written. A job that was killed goes on from there.
+The job keeps other processes from that folder, and ends with the sweep that started it, however that ends.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fbl_flower.commands.experiments import Row, identity, read_rows
+from fbl_flower.commands.experiments import Row, read_rows
 from fbl_flower.commands.job_memory import memory_of
 from fbl_flower.commands.json_file import write_json
 from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.device import pick_device, precision_on
 from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
 
+_PATIENCE = 5.0  # seconds for a job whose sweep was killed to end
 _BYTES = ("bytes_to_clients", "bytes_from_clients")
 
 
@@ -34,8 +37,7 @@ def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
         seed: Of the run.
         keep: Folder for the run directory; a run that was killed there goes on from its checkpoint.
     """
-    settings: dict[str, Value] = row.settings | {"seed": seed, "num-threads": 1, "pictures": False, "output-dir": str(keep)}
-    config = parse_config(settings)
+    config = _config(row, seed, keep)
     begin = time.perf_counter()
     measured: dict[str, Any] = {}
     earlier = 0.0
@@ -46,9 +48,10 @@ def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
 
         accuracy = run_central(config, "public" if row.kind == "public-only" else "synthetic")
         measured["accuracy"] = {str(config.num_server_rounds): accuracy}
-    if str(config.num_server_rounds) not in measured["accuracy"]:
-        rounds = ", ".join(measured["accuracy"])
-        raise RunFailed(f"{row.file}, seed {seed}: wanted the accuracy of round {config.num_server_rounds}; got {rounds}")
+    last = config.num_server_rounds
+    wanted = range(1, last + 1) if row.kind == "federation" else (last,)
+    if missing := [str(number) for number in wanted if str(number) not in measured["accuracy"]]:
+        raise RunFailed(f"{row.file}, seed {seed}: the run has no accuracy of round {', '.join(missing)}")
     memory, device = memory_of(os.getpid()), pick_device(config)
     return {
         "title": row.title,
@@ -59,8 +62,28 @@ def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
         "peak_bytes": memory[1] if memory else None,
         "ran_on": f"{device.type} in {precision_on(device, config.train.precision)}",
         **measured,
-        "config": identity(config, row.kind) | {"seed": seed},
+        "config": row.identity | {"seed": seed},
     }
+
+
+def unfinished_otherwise(row: Row, seed: int, keep: Path) -> list[str]:
+    """Name the runs that were killed in `keep` and cannot be gone on with, because they have other settings."""
+    from fbl_flower.config import flatten
+    from fbl_flower.reporting.rundir import RunDirectory, changed_settings
+
+    now, problems = flatten(_config(row, seed, keep)), []
+    for found in sorted(keep.iterdir()) if keep.is_dir() else ():
+        try:
+            before = RunDirectory(found).read_settings()
+        except (OSError, ValueError):  # no run, or killed while it began
+            continue
+        changed = changed_settings(before, now)
+        if rounds := [number for number in [before.get("num-server-rounds")] if number != now["num-server-rounds"]]:
+            changed["num-server-rounds"] = (rounds[0], now["num-server-rounds"])
+        if changed:
+            text = "; ".join(f"{key}: {then!r}, now {value!r}" for key, (then, value) in changed.items())
+            problems.append(f"{found}: begun with other settings ({text}); delete it, or use another --out")
+    return problems
 
 
 def remove_run(row: Row, seed: int, keep: Path) -> None:
@@ -72,6 +95,11 @@ def remove_run(row: Row, seed: int, keep: Path) -> None:
     shutil.rmtree(keep, ignore_errors=True)
     with contextlib.suppress(OSError):  # other seeds' runs are there
         keep.parent.rmdir()
+
+
+def _config(row: Row, seed: int, keep: Path) -> RunConfig:
+    settings: dict[str, Value] = row.settings | {"seed": seed, "num-threads": 1, "pictures": False, "output-dir": str(keep)}
+    return parse_config(settings)
 
 
 def _run_federation(config: RunConfig) -> tuple[dict[str, Any], float]:
@@ -100,7 +128,7 @@ def _earlier_part(config: RunConfig) -> tuple[str, float]:
     for found in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():
         try:
             run, point = RunDirectory.reopen(replace(config, resume=str(found)))
-        except (ConfigError, StateError) as error:
+        except StateError as error:
             print(f"starts afresh, not from {found}: {error}", flush=True)
             shutil.rmtree(found, ignore_errors=True)
             continue
@@ -110,8 +138,18 @@ def _earlier_part(config: RunConfig) -> tuple[str, float]:
     return "", 0.0
 
 
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    print("ends: the sweep that started this job is gone", flush=True)
+    os._exit(1)
+
+
 def main() -> int:
     """Run the job that the command line names, and write its result whole or not at all."""
+    from fbl_flower.reporting.unfinished import Claim
+
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     parser = argparse.ArgumentParser(prog="python -m fbl_flower.commands.sweep_job", description="Run one job of a sweep.")
     parser.add_argument("--row", type=Path, required=True)
     parser.add_argument("--size")
@@ -121,14 +159,29 @@ def main() -> int:
     options = parser.parse_args()
     out: Path = options.out
     keep = out.parent / "runs" / str(options.seed)
+    keep.mkdir(parents=True, exist_ok=True)
+    try:
+        claim = Claim(keep, patience=_PATIENCE)
+    except StateError:
+        print(f"failed: another process runs this row under seed {options.seed} in {keep}; wait for its end or stop it")
+        return 1
+    if out.exists():  # it ended just now
+        claim.release()
+        print(f"failed: another process has written {out}; run the sweep again to see it")
+        return 1
     try:
         row = read_rows([options.row], size=options.size, overrides=options.overrides)[0]
+        if problems := unfinished_otherwise(row, options.seed, keep):
+            raise ConfigError(problems)
         result = run_one(row, options.seed, keep=keep)
     except FBLError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {error}")
+        with contextlib.suppress(OSError):  # a run that can be gone on with is there
+            keep.rmdir()
         return 1
     write_json(out, result)
     remove_run(row, options.seed, keep)
+    claim.release()
     return 0
 
 

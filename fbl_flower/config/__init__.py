@@ -20,3 +20,4 @@ from fbl_flower.config.sections import WarmStartConfig as WarmStartConfig
 from fbl_flower.config.toml import flat_table as flat_table
 from fbl_flower.config.toml import to_toml as to_toml
 from fbl_flower.config.tree import RunConfig as RunConfig
+from fbl_flower.config.tree import rounded_up as rounded_up

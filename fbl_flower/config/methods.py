@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from fbl_flower.config.options import option
 
@@ -93,17 +95,35 @@ def method_shares(text: str) -> list[tuple[str, float]]:
     return shares
 
 
-def client_problems(clients: ClientsConfig, *, balancing: bool) -> list[tuple[tuple[str, ...], str]]:
+def counts_of(shares: Sequence[float], number: int) -> list[int]:
+    """Spread `number` clients over shares that sum to 1 at most: the first k shares together get theirs, rounded, halves up.
+
+    So shares that sum to 1 leave nobody out, and a kind has at most one client more or less than its share.
+    """
+    ends = [0, *(math.floor(round(total * number, 9) + 0.5) for total in accumulate(shares))]
+    return [min(end, number) - begin for begin, end in pairwise(ends)]
+
+
+def client_problems(clients: ClientsConfig, *, num_clients: int, balancing: bool) -> list[tuple[tuple[str, ...], str]]:
     """Name what is wrong with the shares, each problem with the keys that it is about."""
     found: list[tuple[tuple[str, ...], str]] = []
+    capabilities = {"clients.rich-share": clients.rich_share, "clients.no-generator-share": clients.no_generator_share}
+    shares: dict[str, float] = {}
     try:
-        method_shares(clients.methods)
+        shares = dict(method_shares(clients.methods))
     except ValueError as problem:
         found.append((("clients.methods",), str(problem)))
-    if (total := clients.rich_share + clients.no_generator_share) > 1 + 1e-9:
+    if (total := sum(capabilities.values())) > 1 + 1e-9:
         text = f"clients.rich-share and clients.no-generator-share: they sum to {total:g}; allowed: at most 1"
-        found.append((("clients.rich-share", "clients.no-generator-share"), text))
-    if clients.rich_share > 0 and not balancing:
-        text = f"clients.rich-share: got {clients.rich_share:g}, but balancing.enabled is false: there is nothing to fill"
-        found.append((("clients.rich-share", "balancing.enabled"), text))
+        found.append((tuple(capabilities), text))
+        capabilities = {}
+    for key, share in capabilities.items():
+        if share > 0 and not balancing:
+            text = f"{key}: got {share:g}, but balancing.enabled is false: nobody fills anything"
+            found.append(((key, "balancing.enabled"), text))
+    for key, kinds in (("", capabilities), ("clients.methods: ", shares)):
+        for (name, share), count in zip(kinds.items(), counts_of(list(kinds.values()), num_clients), strict=True):
+            if share > 0 and not count:
+                text = f"{key}{name}: got {share:g}, and of {num_clients} clients that is nobody, as shares are rounded in their order"
+                found.append(((name if not key else "clients.methods", "num-clients"), text))
     return found

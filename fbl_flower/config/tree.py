@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from fbl_flower.config.machines import PrepareConfig, TransportConfig
@@ -64,6 +65,11 @@ class RunConfig:
     transport: TransportConfig = field(default_factory=TransportConfig)
 
 
+def rounded_up(share: float, number: int) -> int:
+    """Return how many of `number` a share of them is, rounded up; 0.28 of 25 is 7, although 0.28 * 25 = 7.000000000000001."""
+    return math.ceil(round(share * number, 9))
+
+
 def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
     """Name the settings that are fine alone and wrong together, each problem with the keys that it is about."""
     d, b, g = config.data, config.balancing, config.generator
@@ -105,4 +111,4 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
         if value and g.name != "public-images":
             text = f"{key}: got {value}; only public-images are degraded, and generator.name is {g.name!r}"
             found.append(((key, "generator.name"), text))
-    return found + client_problems(config.clients, balancing=b.enabled)
+    return found + client_problems(config.clients, num_clients=config.num_clients, balancing=b.enabled)

@@ -104,7 +104,8 @@ def _cut(config: DataConfig, info: DataInfo, pool: Examples, test: Examples | No
     num_test = number(config.num_test, info.num_test)
     num_public = number(config.num_public, info.num_public)
     num_validation = number(config.num_validation, min(info.num_validation, num_public))
-    order = _class_balanced_order(pool.labels.numpy())
+    in_order = _class_balanced_order if config.name in DATASETS else _proportional_order
+    order = in_order(pool.labels.numpy())
     problems = []
     if test is None:
         test = pool.take(order[:num_test])
@@ -112,7 +113,7 @@ def _cut(config: DataConfig, info: DataInfo, pool: Examples, test: Examples | No
     else:
         if num_test > len(test):
             problems.append(f"data.num-test: got {num_test}; the test split of {config.name} has {len(test)} images")
-        test = test.take(_class_balanced_order(test.labels.numpy())[:num_test])
+        test = test.take(in_order(test.labels.numpy())[:num_test])
     rest = len(order) - num_public
     num_private = number(config.num_private, max(0, min(rest, info.num_private)))
     if num_validation > num_public:
@@ -140,12 +141,23 @@ def _cut(config: DataConfig, info: DataInfo, pool: Examples, test: Examples | No
 
 def _class_balanced_order(labels: np.ndarray) -> torch.Tensor:
     """Shuffle so that every stretch of the order holds the classes about equally often."""
+    return torch.from_numpy(np.lexsort((labels, _rank_in_class(labels))))
+
+
+def _proportional_order(labels: np.ndarray) -> torch.Tensor:
+    """Shuffle so that every stretch of the order holds the classes about as often as all of it: a small class is in every part."""
+    place = (_rank_in_class(labels) + 0.5) / np.bincount(labels)[labels]
+    return torch.from_numpy(np.lexsort((labels, place)))
+
+
+def _rank_in_class(labels: np.ndarray) -> np.ndarray:
+    """Number each class's images, 0, 1, ..., in a random order."""
     shuffled = numpy_stream(_SPLIT_SEED, "split").permutation(len(labels))
     rank = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         of_class = shuffled[labels[shuffled] == label]
         rank[of_class] = np.arange(len(of_class))
-    return torch.from_numpy(np.lexsort((labels, rank)))
+    return rank
 
 
 def _resized(examples: Examples, size: int) -> Examples:

@@ -19,7 +19,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from fbl_flower.config import RunConfig, parse_config
+from fbl_flower.config import RunConfig, parse_config, rounded_up
 from fbl_flower.data.datasets import DataParts, load_parts, scored_part
 from fbl_flower.device import pick_device
 from fbl_flower.errors import FBLError, RunFailed
@@ -143,7 +143,7 @@ class _Federation:
             log(WARNING, "Client %d is not prepared: %s", client, reason)
         if not answers.contents:
             raise RunFailed("no client could be prepared: " + _reasons(failures))
-        if len(answers.contents) < (wanted := math.ceil(round(config.prepare.quorum * config.num_clients, 9))):
+        if len(answers.contents) < (wanted := rounded_up(config.prepare.quorum, config.num_clients)):
             raise RunFailed(
                 f"{len(answers.contents)} of {config.num_clients} clients are prepared; prepare.quorum = {config.prepare.quorum:g} asks for "
                 f"{wanted}: {_reasons(failures)}"
@@ -330,7 +330,7 @@ class _Federation:
 
 def choose_clients(config: RunConfig, clients: list[int], server_round: int) -> list[int]:
     """Choose the clients of a round: ceil(fraction-train * all) of them, uniformly, from the run's seed alone."""
-    number = math.ceil(round(config.fraction_train * len(clients), 9))  # 0.28 x 25 is 7, not 7.000000000000001
+    number = rounded_up(config.fraction_train, len(clients))
     rng = numpy_stream(config.seed, "clients", server_round)
     return sorted(rng.choice(np.array(clients), size=number, replace=False).tolist())
 

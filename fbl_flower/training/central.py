@@ -8,10 +8,11 @@ from typing import Literal
 
 import torch
 
-from fbl_flower.config import RunConfig
+from fbl_flower.config import RunConfig, rounded_up
 from fbl_flower.data.datasets import DataParts, load_parts, scored_part
 from fbl_flower.data.examples import Examples
 from fbl_flower.device import pick_device
+from fbl_flower.errors import ConfigError
 from fbl_flower.generation.cache import ImageCache, generate_cached
 from fbl_flower.models import Classifier, new_classifier
 from fbl_flower.seeding import derive, torch_stream
@@ -72,6 +73,9 @@ def run_central(config: RunConfig, on: Literal["public", "synthetic"]) -> float:
         examples = parts.public
     else:
         examples = synthetic_examples(config, parts, num_images=len(parts.private), purpose="central")
-    image_steps = config.num_server_rounds * config.train.epochs * config.fraction_train * len(parts.private)
+    if not len(examples):
+        raise ConfigError(["data.num-public: no public image is left to train on; raise it, or lower data.num-validation"])
+    trained = rounded_up(config.fraction_train, config.num_clients) / config.num_clients  # share of the clients, in a round
+    image_steps = config.num_server_rounds * config.train.epochs * trained * len(parts.private)
     model = train_centrally(config, parts, examples, epochs=max(1, round(image_steps / len(examples))), seed=config.seed)
     return evaluate(model.cpu(), scored_part(config.data, parts), precision=config.train.precision).accuracy

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from fbl_flower.config import RunConfig
-from fbl_flower.config.methods import CAPABILITIES, METHODS, method_shares
+from fbl_flower.config.methods import CAPABILITIES, METHODS, counts_of, method_shares
 from fbl_flower.errors import ConfigError
 from fbl_flower.seeding import numpy_stream
 
@@ -55,20 +55,19 @@ def stated_problems(capability: str, method: str) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def drawn_roles(config: RunConfig) -> tuple[Role, ...]:
-    """Draw the role of every client from the run's seed, in exact numbers: round(share * num-clients) of each kind.
+    """Draw the role of every client from the run's seed, in the exact numbers of `counts_of`.
 
-    A higher share contains the clients of a lower one. Where rounding asks for more clients than there are, the last kind gets fewer.
+    A higher share contains the clients of a lower one.
     Rich clients come from the front of a permutation, those that cannot generate from its end, and methods from another permutation.
     """
     number, clients = config.num_clients, config.clients
     order = numpy_stream(config.seed, "capability").permutation(number).tolist()
-    num_rich = round(clients.rich_share * number)
-    num_none = min(round(clients.no_generator_share * number), number - num_rich)
+    num_rich, num_none = counts_of([clients.rich_share, clients.no_generator_share], number)
     capability = dict.fromkeys(order[:num_rich], "rich") | dict.fromkeys(order[number - num_none :], "none")
     waiting = numpy_stream(config.seed, "method").permutation(number).tolist()
     method: dict[int, str] = {}
-    for name, share in method_shares(clients.methods):
-        chosen = round(share * number)
+    shares = dict(method_shares(clients.methods))
+    for name, chosen in zip(shares, counts_of(list(shares.values()), number), strict=True):
         method |= dict.fromkeys(waiting[:chosen], name)
         waiting = waiting[chosen:]
     return tuple(Role(capability=capability.get(k, "full"), method=method.get(k, config.method.name)) for k in range(number))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,9 +57,10 @@ def _decode(content: bytes | Path | None, wanted: ImageFormat, where: Callable[[
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as file:  # type: ignore[arg-type]
+        with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as opened:  # type: ignore[arg-type]
+            file = _in_8_bits(ImageOps.exif_transpose(opened) if wanted.upright else opened, of_png=opened.format == "PNG")
             mode = {1: "L", 3: "RGB"}.get(wanted.channels) or ("L" if file.mode in ("1", "L") else "RGB")
-            image = ImageOps.exif_transpose(file).convert(mode) if wanted.upright else file.convert(mode)
+            image = file.convert(mode)
     except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"data.path: {where(i)}: not an image ({error})") from error
     if wanted.native and image.size != (wanted.native, wanted.native):
@@ -69,6 +71,21 @@ def _decode(content: bytes | Path | None, wanted: ImageFormat, where: Callable[[
         image = ImageOps.fit(image, (wanted.size, wanted.size), method=Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+
+
+def _in_8_bits(image: Any, *, of_png: bool) -> Any:
+    """Scale grey images of 16 bits to 8; Pillow itself would cut off all above 255.
+
+    Raises:
+        ValueError: 32-bit whole numbers or floats: what is white in them is not known.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and of_png):  # a PNG has 16 bits at most
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"Pillow's mode {image.mode}, 32 bits a pixel; wanted 8 or 16 bits")
+    return image
 
 
 def _size(pixels: np.ndarray) -> str:

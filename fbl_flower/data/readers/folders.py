@@ -13,6 +13,7 @@ from fbl_flower.data.readers.tiny_imagenet_names import TINY_IMAGENET
 from fbl_flower.errors import DataError
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+_NO_CLASSES = frozenset({"__MACOSX", "@eaDir"})  # what unpacking on macOS and network storage leave
 _TEST = ("test", "validation", "valid", "val")  # the first of them that is there is the test split
 
 
@@ -23,7 +24,8 @@ def read_folder(path: Path, wanted: ImageFormat) -> Source:
     folder's own directories. Files are taken in the order of their names; hidden ones, and those without an image's suffix, are not read.
 
     Raises:
-        DataError: A directory is not one of the classes; there are no class directories, or no images; an image cannot be decoded.
+        DataError: A directory is not one of the classes, or has images in directories of its own; there are no class directories, or no
+            images; an image cannot be decoded.
     """
     directories = _directories(path)
     split = {directory.name: directory for directory in directories}
@@ -45,6 +47,11 @@ def read_folder(path: Path, wanted: ImageFormat) -> Source:
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
             raise DataError(
                 f"data.path: the directory {directory} is none of the classes {shown}; add it to data.classes or move it"
+            )
+    for directory in (directory for found in classes for directory in found):
+        if deeper := next((inner for inner in _directories(directory) if any(map(_is_image, inner.rglob("*")))), None):
+            raise DataError(
+                f"data.path: images in {deeper}; wanted those of the class {directory.name} directly in {directory}"
             )
     files = [[(file, number[d.name]) for d in found for file in _images(d)] for found in classes]
     if not files[0]:
@@ -100,11 +107,15 @@ def _source(train: list[tuple[Path, int]], test: list[tuple[Path, int]], wanted:
 def _directories(path: Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"data.path: no folder at {path}; wanted a folder of images")
-    return sorted((d for d in path.iterdir() if d.is_dir() and not d.name.startswith(".")), key=lambda d: d.name)
+    found = (d for d in path.iterdir() if d.is_dir() and not d.name.startswith(".") and d.name not in _NO_CLASSES)
+    return sorted(found, key=lambda d: d.name)
 
 
 def _images(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise DataError(f"data.path: no folder at {directory}; wanted a folder of images")
-    found = (f for f in directory.iterdir() if f.suffix.lower() in _SUFFIXES and not f.name.startswith("."))
-    return sorted(found, key=lambda f: f.name)
+    return sorted(filter(_is_image, directory.iterdir()), key=lambda f: f.name)
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")

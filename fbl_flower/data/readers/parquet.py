@@ -2,7 +2,8 @@
 
 Columns: image (or img), as bytes or as a struct with bytes; label (or fine_label, labels), as whole numbers or as names, or the only ones
 that the Hugging Face metadata calls an image and a class label; and split,
-without which the name of a file or its folder tells (`train-00000-of-00002.parquet`, `test/0000.parquet`); all else is training data.
+without which a word in the name of a file or of its folders tells (`train-00000-of-00002.parquet`, `digits-test.parquet`, `split=test/0.parquet`);
+all else is training data.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from fbl_flower.data.readers.source import ImageFormat, Source, check_labels, ex
 from fbl_flower.errors import DataError
 
 _IMAGE, _LABEL = ("image", "img"), ("label", "fine_label", "labels")
-_NAMED_SPLIT = re.compile(r"(train|test|validation|valid|val|dev)\b")
 _MOST_CLASSES = 10_000  # a larger label is no class, but something else in the column
 _TEST = ("test", "validation", "valid", "val", "dev")  # the first of them that is there is the test split
+_SPLIT_WORDS = {name: name for name in ("train", *_TEST)} | {"training": "train", "testing": "test"}
 
 
 def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source:
@@ -42,10 +43,13 @@ def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise DataError(f"data.path: no file *.parquet in {path}; wanted the parquet files of {wanted.name}")
-    folders = [file.relative_to(path).parent.name if path.is_dir() else "" for file in files]
     tables = [
-        _Table(file, folder=folder, needs_split=needs_test and len(files) == 1)
-        for file, folder in zip(files, folders, strict=True)
+        _Table(
+            file,
+            split=_named_split(file.relative_to(path) if path.is_dir() else Path(file.name)),
+            needs_split=needs_test and len(files) == 1,
+        )
+        for file in files
     ]
     names = wanted.class_names or next((t.class_names for t in tables if t.class_names), None) or _numbered(tables)
     # A packaged data set's names are ours, and its files may spell them otherwise: there the number counts.
@@ -71,7 +75,7 @@ def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source
 class _Table:
     """One file: its labels and splits; images are taken out when they are decoded."""
 
-    def __init__(self, file: Path, *, folder: str, needs_split: bool) -> None:
+    def __init__(self, file: Path, *, split: str, needs_split: bool) -> None:
         import pyarrow
         import pyarrow.parquet
 
@@ -81,34 +85,38 @@ class _Table:
             features = _hugging_face_features(schema.metadata)
             image = _column(schema.names, _IMAGE, "Image", features)
             label = _column(schema.names, _LABEL, "ClassLabel", features)
-            split = ["split"] if needs_split or "split" in schema.names else []
-            table = pyarrow.parquet.read_table(file, columns=[image, label, *split])
-            columns = {name: table[name] for name in (image, label, *split)}
+            wanted = [image, label, *(["split"] if needs_split or "split" in schema.names else [])]
+            if missing := [name for name in wanted if name not in schema.names]:
+                raise DataError(
+                    f"data.path: {file} has the columns {_listed(tuple(schema.names))}, and none called {' or '.join(missing)}; "
+                    "rename yours: image, label and, if one file has several parts, split"
+                )
+            table = pyarrow.parquet.ParquetFile(file).read(columns=wanted)
+            columns = {name: table[name] for name in wanted}
         except (pyarrow.ArrowException, OSError, KeyError) as error:
-            columns_wanted = "image, label, split" if needs_split else "image and label"
-            raise DataError(
-                f"data.path: {file} is not a whole parquet file with the columns {columns_wanted}: {error}"
-            ) from error
+            raise DataError(f"data.path: {file} is not a whole parquet file: {error}") from error
         labels = columns[label]
         if pyarrow.types.is_dictionary(labels.type):  # as pandas writes categories
             labels = labels.cast(labels.type.value_type)
         self._image, kind = columns[image], labels.type
-        self.labels_are_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+        self.labels_are_text = str(kind) in ("string", "large_string", "string_view")
         if not (self.labels_are_text or pyarrow.types.is_integer(kind)) or labels.null_count:
             got = f"{kind} with {labels.null_count} empty rows"
             raise DataError(f"data.path: {file}, column {label}: got {got}; wanted a whole number or a name in every row")
-        self.raw_labels = np.array(labels.to_pylist(), dtype=object if self.labels_are_text else np.int64)
+        try:
+            self.raw_labels = np.array(labels.to_pylist(), dtype=object if self.labels_are_text else np.int64)
+        except OverflowError as error:
+            raise DataError(f"data.path: {file}, column {label}: has a number above 2^63, which is no class") from error
         names = features.get(label, {}).get("names")
         self.class_names = tuple(map(str, names)) if isinstance(names, list) and names else None
-        matches = (_NAMED_SPLIT.match(name.replace("_", "-")) for name in (file.stem, folder))
-        one = next((match.group() for match in matches if match), "train")
-        self.split = np.array(columns["split"].to_pylist() if split else [one] * len(self.raw_labels), dtype=object)
+        of_rows = columns["split"].to_pylist() if "split" in columns else [split] * len(self.raw_labels)
+        self.split = np.array(of_rows, dtype=object)
 
     def numbers(self, names: tuple[str, ...], data_name: str, *, rename: bool) -> np.ndarray:
         """Return the labels as int64 [N] in the order of `names`."""
         if self.labels_are_text or (rename and self.class_names and self.class_names != names):
             own = self.class_names
-            if own and not self.labels_are_text:
+            if own and not self.labels_are_text and len(self.raw_labels):
                 check_labels(self.raw_labels, len(own), where=self.file, name=data_name)
             text = [own[label] if own and not self.labels_are_text else label for label in self.raw_labels]
             number = {name: label for label, name in enumerate(names)}
@@ -133,6 +141,23 @@ class _Table:
                 yield value.as_py()
 
 
+def _named_split(file: Path) -> str:
+    """Return the split that a word in the file's name, or in that of the nearest of its folders, names; else train.
+
+    Raises:
+        DataError: One name has words of two splits.
+    """
+    for name in (file.stem, *reversed(file.parent.parts)):
+        found = {_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_WORDS}
+        if len(found) > 1:
+            raise DataError(
+                f"data.path: the name {name!r} says {' and '.join(sorted(found))}; rename it, or add a column split"
+            )
+        if found:
+            return found.pop()
+    return "train"
+
+
 def _numbered(tables: list[_Table]) -> tuple[str, ...]:
     """Name classes by their numbers, up to the largest label."""
     if text := next((table for table in tables if table.labels_are_text), None):
@@ -144,7 +169,11 @@ def _numbered(tables: list[_Table]) -> tuple[str, ...]:
         raise DataError(
             f"data.path: {tables[0].file.parent} has labels up to {largest}; without data.classes, at most {_MOST_CLASSES - 1}"
         )
-    return tuple(f"class {label}" for label in range(max(largest, 0) + 1))
+    if smallest := min((int(table.raw_labels.min()) for table in tables if len(table.raw_labels)), default=0):
+        raise DataError(
+            f"data.path: {tables[0].file.parent} has labels from {smallest} on; without data.classes, classes are numbered from 0"
+        )
+    return tuple(f"class {label}" for label in range(largest + 1))
 
 
 def _hugging_face_features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
