@@ -21,7 +21,7 @@ LEVELS: list[set[str]] = [
     {"models", "generation"},
     {"data"},
     {"device"},
-    {"config", "roundstore"},
+    {"config", "roundstore", "claim"},
     {"params", "seeding", "errors"},
 ]
 LEVEL_OF = {name: len(LEVELS) - i for i, level in enumerate(LEVELS) for name in level}

@@ -33,7 +33,7 @@ def federate(
     tmp_path: Path, there: Callable[[int], set[int]], node_config: dict[int, dict[str, Any]] | None = None, **settings: Any
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Run with nodes that come and go; return the rows of the rounds, and nodes.json."""
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
     config = quick(tmp_path, fraction_train=1.0, num_server_rounds=4, **settings)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     with Shifting(client.app, num_nodes=4, run_config=config) as grid:
@@ -193,7 +193,7 @@ def test_the_quorum_is_of_all_clients(tmp_path: Path) -> None:
 
 
 def test_plain_fedavg_is_checked_before_it_trains_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
 
     def unreadable(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")

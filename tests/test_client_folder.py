@@ -71,7 +71,7 @@ def test_the_server_does_not_learn_what_is_wrong_in_a_clients_folder(tmp_path: P
 
 def federate(tmp_path: Path, folders: dict[int, Path], **settings: Any) -> dict[str, Any]:
     """Run a federation of three nodes, some of which have a folder of their own; return the last row of the metrics."""
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
     write_folder(tmp_path / "server", {"ant": 30, "bee": 30, "cat": 30})
     own = {"data.name": "folder", "data.path": str(tmp_path / "server"), "data.classes": CLASSES, "data.image-size": 8}
     config = quick(tmp_path) | {"data.num-private": -1, "num-clients": 3, "num-server-rounds": 1, "fraction-train": 1.0}

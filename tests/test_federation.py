@@ -29,7 +29,7 @@ from fbl_flower.training import prepare
 @pytest.fixture(autouse=True)
 def _forget_clients() -> None:
     """A process remembers prepared clients by their configuration; each test has folders of its own, so only tidiness asks for this."""
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
 
 
 def metrics(run_dir: Path) -> bytes:
@@ -79,7 +79,7 @@ def test_same_seed_same_bytes_whatever_runs_in_parallel(tmp_path: Path) -> None:
 
 def test_second_run_generates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_local(quick(tmp_path))
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
     from fbl_flower.generation.public import PublicImages
 
     def never(*_: Any, **__: Any) -> None:

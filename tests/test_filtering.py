@@ -285,7 +285,7 @@ def test_a_state_from_before_there_was_a_filter_is_read(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _forget_clients() -> None:
-    client_app._client_data.cache_clear()
+    client_app._prepared.cache_clear()
 
 
 def metrics(outcome: Outcome) -> bytes:
@@ -306,7 +306,7 @@ def test_a_killed_run_goes_on_with_the_same_choice(tmp_path: Path, monkeypatch: 
     )
     unbroken = run_local(settings)
     killed = run_and_kill(settings, monkeypatch, in_round=6)
-    client_app._client_data.cache_clear()
+    client_app._prepared.cache_clear()
     resumed = run_local(settings | {"resume": str(killed)})
     assert metrics(resumed) == metrics(unbroken)
     plain = run_local(settings | {"balancing.filter": "none"})

@@ -104,6 +104,23 @@ def test_nothing_asked_for_is_nothing_made(tmp_path):
         generate_cached(Counting(), ImageCache(tmp_path), [1], [1, 2])
 
 
+def test_images_are_stored_in_the_batches_that_are_really_made(tmp_path):
+    """Where memory becomes short, batches shrink: from then on fewer images at a time are asked for and stored."""
+
+    class Shrinking(Counting):
+        @property
+        def batch_size(self):
+            return 4 if len(self.batches) < 2 else 1
+
+    generator = Shrinking(fail_after=4)
+    labels, seeds = [0] * 12, list(range(12))
+    with pytest.raises(KeyboardInterrupt):
+        generate_cached(generator, ImageCache(tmp_path), labels, seeds)
+    assert generator.batches == [4, 4, 1, 1]
+    again = Shrinking()
+    assert generate_cached(again, ImageCache(tmp_path), labels, seeds).num_generated == 2 and again.batches == [2]
+
+
 def test_after_the_deadline_no_batch_is_begun(tmp_path, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("fbl_flower.generation.cache.time.monotonic", lambda: next(clock))

@@ -20,7 +20,7 @@ from fbl_flower.generation.diffusion import DiffusionGenerator
 from fbl_flower.generation.loading import bundled_generator, check_generator, generator_folder, load_generator
 from fbl_flower.generation.public import PublicImages
 from fbl_flower.generation.quantization import WEIGHTS
-from fbl_flower.generation.recipe import check_files, read_info
+from fbl_flower.generation.recipe import check_files, file_sha256, read_info
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,8 @@ def test_a_damaged_recipe(folder, text):
 
 
 @pytest.mark.parametrize(
-    "change", [{"image_size": "8"}, {"files": {}}, {"training": {}}, {"class_names": None}, {"surprise": 1}]
+    "change",
+    [{"image_size": "8"}, {"files": {}}, {"files": ["config.json"]}, {"training": {}}, {"class_names": None}, {"surprise": 1}],
 )
 def test_a_recipe_with_a_wrong_entry(folder, change):
     raw = json.loads((folder / "recipe.json").read_text())
@@ -112,6 +113,32 @@ def test_another_number_of_classes(folder):
     config, parts = configure(folder)
     nine = dataclasses.replace(parts, info=dataclasses.replace(parts.info, class_names=parts.info.class_names[:9]))
     refused(config, nine, f"{folder} knows 10 classes; the data set has 9")
+
+
+def test_classes_in_another_order_would_be_filled_with_each_others_images(folder):
+    config, parts = configure(folder)
+    names = parts.info.class_names
+    for others in (names[::-1], tuple(f"{name}!" for name in names)):
+        other = dataclasses.replace(parts, info=dataclasses.replace(parts.info, class_names=others, name="own folder"))
+        refused(
+            config,
+            other,
+            f"{folder} was trained on the classes {', '.join(names)}, in this order; the federation's are {others[0]}",
+        )
+
+
+def test_a_network_that_cannot_be_built_is_one_error(folder):
+    """With sums that match: whoever wrote it meant it."""
+    (folder / "config.json").write_text('{"block_out_channels": [32, 64], "down_block_types": ["DownBlock2D"]}')
+    raw = json.loads((folder / "recipe.json").read_text())
+    raw["files"]["config.json"] = file_sha256(folder / "config.json")
+    (folder / "recipe.json").write_text(json.dumps(raw))
+    config, parts = configure(folder)
+    with pytest.raises(
+        GeneratorError, match=r"does not fit the network beside it: that cannot be built \(ValueError: "
+    ) as caught:
+        load_generator(config, parts).generate([0], [0])
+    assert "\n" not in str(caught.value)
 
 
 def test_no_bundled_generator_for_these_images():

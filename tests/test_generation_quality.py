@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -176,3 +177,18 @@ def test_no_seeds_and_no_images_are_refused():
     parts = digits()
     with pytest.raises(GeneratorError, match="got 0 seeds"):
         measure_quality(PublicImages(parts), parts, train_classifier=centroid_classifier, seeds=())
+    one_of_each = dataclasses.replace(
+        parts, test=parts.test.take(torch.tensor([int((parts.test.labels == c).nonzero()[0]) for c in range(10)]))
+    )
+    with pytest.raises(
+        GeneratorError, match=r"at most 1 test images and \d+ public ones of a class; wanted at least 1, 2 and 2"
+    ):
+        measure_quality(PublicImages(parts), one_of_each, train_classifier=centroid_classifier)
+
+
+def test_a_network_that_gets_nothing_right_gives_no_ratio():
+    one = SeedQuality(
+        seed=0, synthetic_accuracy=0.5, public_accuracy=0.0, agreement=0.0, diversity=1.0, frechet=0.0, nearest=0.0, nearest_min=0.0,
+        copies=0.0, images_per_second=1.0,
+    )  # fmt: skip
+    assert math.isnan(one.ratio)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from test_generation_support import TINY, digits, two_class_parts
 
+from fbl_flower.claim import Claim
 from fbl_flower.errors import GeneratorError
-from fbl_flower.generation import folder, training, training_checkpoint
+from fbl_flower.generation import folder, preview, training, training_checkpoint
 from fbl_flower.generation.augment import deform
 from fbl_flower.generation.diffusion import DiffusionGenerator
 from fbl_flower.generation.folder import quantize_generator
@@ -148,6 +149,34 @@ def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypa
         train_generator(digits(), recipe=TINY, out=tmp_path / "file" / "g")
 
 
+def test_a_training_that_diverges_writes_nothing(tmp_path):
+    recipe = dataclasses.replace(TINY, steps=50, learning_rate=1e6, warmup=0)
+    with pytest.raises(GeneratorError, match=r"the loss of step \d+ is not finite: .* lower --learning-rate \(it is 1e\+06\)"):
+        train_generator(digits(), recipe=recipe, out=tmp_path / "g")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_do_not_train_one_generator(tmp_path):
+    (tmp_path / "g.training").mkdir()
+    claim = Claim(tmp_path / "g.training", patience=0.0)
+    with pytest.raises(GeneratorError, match=r"another process works on .*g.training; .* or choose another folder for yours"):
+        train_generator(digits(), recipe=TINY, out=tmp_path / "g")
+    claim.release()
+    train_generator(digits(), recipe=TINY, out=tmp_path / "g")
+    assert [file.name for file in tmp_path.iterdir()] == ["g"]
+
+
+def test_a_preview_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch, caplog):
+    def fail(_, file, **__):
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(preview, "save_image", fail)
+    train_generator(digits(), recipe=TINY, out=tmp_path / "g", checkpoint_every=1, stop_after=0)
+    assert [file.name for file in (tmp_path / "g.training").iterdir()] == ["checkpoint.safetensors"]
+    assert "no preview (disk full)" in caplog.text
+
+
 def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
     def fail(_, file, *__):
         file.write_bytes(b"half")
@@ -156,7 +185,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path, monkey
     monkeypatch.setattr(training_checkpoint, "save_file", fail)
     with pytest.raises(GeneratorError, match=r"checkpoint\.safetensors cannot be written \(disk full\)"):
         train_generator(digits(), recipe=TINY, out=tmp_path / "g", stop_after=0)
-    assert list((tmp_path / "g.training").iterdir()) == []
+    assert not (tmp_path / "g.training").exists()
 
 
 PIECES = dataclasses.replace(TINY, steps=7)
@@ -260,6 +289,8 @@ def test_a_class_without_images_is_named(tmp_path):
         ({"steps": 0}, "steps"),
         ({"label_dropout": 1.0}, "label_dropout"),
         ({"learning_rate": 0.0}, "learning_rate: got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate: got nan"),
+        ({"learning_rate": math.inf}, "learning_rate: got inf"),
     ],
 )
 def test_wrong_recipes_are_refused(wrong, message):

@@ -71,5 +71,39 @@ def test_a_place_that_is_not_there_is_told_before_the_work(
         assert f"--out: no folder at {tmp_path / 'none'} for x.json" in capsys.readouterr().err
 
 
+def test_settings_that_a_training_does_not_take_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "g"
+    assert main(["generator", "train", *DIGITS, "--out", str(out), "-c", "seed=7 train.epochs=2 data.num-public=350"]) == 2
+    assert "seed, train.epochs: a training takes only data.* and device from -c" in capsys.readouterr().err and not out.exists()
+    assert main(["generator", "train", *DIGITS, "--out", str(out), "--minutes", "nan"]) == 2
+    assert "--checkpoint-every, --minutes: got 100, nan; allowed: >= 1, > 0" in capsys.readouterr().err
+
+
+def test_a_gallery_that_cannot_be_written_leaves_the_one_before(
+    floats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "gallery.png"
+    command = ["generator", "gallery", str(floats), *DIGITS, "--out", str(out)]
+    assert main(command) == 0
+    before = out.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fbl_flower.reporting.pictures.os.replace", full)
+    assert main(command) != 0
+    assert f"{out} cannot be written (No space left on device)" in capsys.readouterr().err
+    assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
+    monkeypatch.undo()
+    assert main([*command[:-1], str(tmp_path)]) == 2 and f"--out: {tmp_path} is a folder" in capsys.readouterr().err
+
+
+def test_public_images_are_measured_under_their_own_name(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generator", "quality", *DIGITS, "--seeds", "0", "--epochs", "30"]
+    assert main([*command, "-c", "model.name='tiny' generator.name='public-images'"]) == 0
+    printed, warned = capsys.readouterr()
+    assert printed.startswith("public-images\n") and "gives only" not in warned
+
+
 def test_widths_may_repeat() -> None:
     assert widths("64,128,128") == (64, 128, 128)

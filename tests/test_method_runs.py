@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, monkeyp
     settings = small(tmp_path, method__name=method, num_server_rounds=5, checkpoint_every=2)
     unbroken = run_local(settings)
     killed = run_and_kill(settings, monkeypatch, in_round=4)
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
     run_local(settings | {"resume": str(killed)})
     assert results(killed) == results(unbroken.run_dir)
     for name, array in checkpoint(unbroken.run_dir, method).items():

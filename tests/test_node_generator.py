@@ -39,7 +39,7 @@ def context_of(settings: dict[str, Any], **node_config: Any) -> Context:
 
 def test_each_node_fills_from_its_own_folder_and_one_that_lacks_it_is_named(tmp_path: Path) -> None:
     """The run names a folder that is nowhere; two nodes have different generators, and the third one's folder is missing."""
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
     settings = settings_of(tmp_path, data__num_private=60, num_clients=3, num_server_rounds=1, fraction_train=1.0)
     parts, fingerprints = load_parts(parse_config(settings).data), set()
     with DeploymentGrid(client.app, num_nodes=3, run_config=settings) as grid:

@@ -81,7 +81,9 @@ def test_when_time_runs_out_all_classes_have_their_part_and_the_total_stays(
     assert made[open_classes].max() - made[open_classes].min() <= 1
     assert data.plan.num_balanced == len(data.real) and (data.plan.keep <= real).all()
     assert data.unfilled == pytest.approx(1 - 30 / whole.plan.fill.sum()) and whole.unfilled == 0
-    later = prepared(config, 0, tmp_path / "cache")  # the next start goes on where this one stopped
+    same = prepare_client(config, 0, cache_folder=tmp_path / "cache", may_generate=False)  # as in the rounds that follow
+    assert (counts(same)[1] == made).all() and same.unfilled == data.unfilled and (same.plan.keep == data.plan.keep).all()
+    later = prepared(config, 0, tmp_path / "cache")  # the next run goes on where this one stopped
     assert counts(later)[1].sum() == min(60, whole.plan.fill.sum())
 
 

@@ -87,7 +87,7 @@ def seen_by_server(run_config: dict[str, Any], engine: Callable[..., None], log:
     damaged = folder / "round-000002.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:40])
     shutil.rmtree(Path(str(run_config["state-dir"])) / "cache")
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
     log.clear()
     messages: list[Message] = []
     engine(run_config | {"resume": str(first.run_dir), "num-server-rounds": 4}, messages)

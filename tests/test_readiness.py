@@ -25,7 +25,7 @@ from fbl_flower.training.readiness import Readiness, explained, fill_bytes
 
 @pytest.fixture(autouse=True)
 def _forget_clients() -> None:
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
@@ -74,10 +74,10 @@ def test_a_rich_client_may_fill_every_class_and_one_that_cannot_generate_none(
 def test_who_is_prepared_needs_no_more_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = quick(tmp_path)
     run_local(settings)
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
     with_free(monkeypatch, 0)
     assert run_local(settings).summary["not_prepared"] == {}
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
     with pytest.raises(
         RunFailed, match=r"client 0: its disk has too little space: 0\.\d MiB needed for \d+ images, 0\.0 MiB free"
     ):
@@ -173,7 +173,7 @@ def test_a_run_clears_the_state_of_old_ones(tmp_path: Path) -> None:
 def test_who_finds_all_images_on_disk_does_not_load_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = quick(tmp_path, generator__name="diffusion", data__num_private=60, num_server_rounds=1, fraction_train=1.0)
     first = run_local(settings)
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
     prepare._load_once.cache_clear()
 
     def never(*_: Any, **__: Any) -> None:
@@ -183,7 +183,7 @@ def test_who_finds_all_images_on_disk_does_not_load_the_network(tmp_path: Path, 
     second = run_local(settings)
     assert second.summary["left_out"] == second.summary["not_prepared"] == {}
     assert (first.run_dir / "metrics.jsonl").read_bytes() == (second.run_dir / "metrics.jsonl").read_bytes()
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
     prepare._load_once.cache_clear()
     with pytest.raises(RunFailed):  # others are not there yet
         run_local(settings | {"seed": 1})

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import quick
 
+from fbl_flower.claim import Claim
 from fbl_flower.commands import sweep, sweep_job
 from fbl_flower.commands.experiments import Row, read_rows
 from fbl_flower.commands.job_memory import MemoryGate, memory_of
@@ -19,7 +20,6 @@ from fbl_flower.commands.sweep_job import remove_run, run_one, unfinished_otherw
 from fbl_flower.config import Value, to_toml
 from fbl_flower.errors import ConfigError
 from fbl_flower.federation.local import run_local
-from fbl_flower.reporting.unfinished import Claim
 
 SETS = sorted((Path(__file__).parents[1] / "experiments").glob("0*"))
 GIVEN = ("pictures", "output-dir")

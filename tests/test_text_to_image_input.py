@@ -15,9 +15,10 @@ import pytest
 import torch
 from helpers import quick
 from safetensors.torch import load_file, save_file
-from small_pipelines import configure, save_index, save_tiny_decoder
+from small_pipelines import configure, load, save_index, save_tiny_decoder
 from test_generation_support import refused
 
+from fbl_flower.claim import Claim
 from fbl_flower.cli import main
 from fbl_flower.config import parse_config
 from fbl_flower.data.datasets import DATASETS
@@ -217,6 +218,43 @@ def test_components_that_do_not_fit_each_other(tmp_path, source):
     fails(source, tmp_path / "sd", "cannot be loaded as AutoencoderTiny", tiny_decoder=str(source))
 
 
+def test_a_unet_that_needs_more_than_a_text_is_refused(tmp_path, source):
+    """Such models quantise well, and fail with the first image: Stable Diffusion XL's, and those of classes."""
+    file = source / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"class_embed_type": "identity"}))
+    fails(source, tmp_path / "sd", "does not fit: it needs more than a text (class_embed_type: identity)")
+
+
+def test_a_tokenizer_of_another_text_encoder_is_refused(tmp_path, source):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    CLIPTextModel(CLIPTextConfig(vocab_size=100, **sizes)).save_pretrained(source / "text_encoder")
+    fails(
+        source, tmp_path / "sd", f"the text encoder of {source} knows 100 tokens, and its tokenizer 514; give a whole pipeline"
+    )
+
+
+def test_a_prompt_that_the_model_would_read_only_in_part_is_refused(folder):
+    """The tokenizer here has a token for each letter, and 77 places: start, 70 words of one letter, "three" and its like, end."""
+    fits, too_long = ("b " * 70 + "{name}", "b " * 71 + "{name}")
+    assert load(folder, generator__prompt=fits).generate([0], [0]).shape[0] == 1
+    generator = load(folder, generator__prompt=too_long)
+    with pytest.raises(GeneratorError, match=r"'b b .* has 78 tokens, and the model reads 77; shorten it"):
+        generator.generate([0], [0])
+
+
+def test_what_a_kill_left_behind_is_removed_and_what_another_process_makes_is_not(tmp_path, source):
+    killed, under_way = tmp_path / ".sd-abcdefgh", tmp_path / ".sd-hgfedcba"
+    for left in (killed, under_way, tmp_path / ".sd-other-one"):
+        left.mkdir()
+    claim = Claim(under_way, patience=0.0)
+    quantize_pipeline(str(source), tmp_path / "sd")
+    claim.release()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".sd-hgfedcba", ".sd-other-one", "sd", "source"]
+
+
 def test_what_is_there_already_stays(tmp_path, source):
     out = tmp_path / "sd"
     out.mkdir()
@@ -367,6 +405,8 @@ def test_prompts_that_cannot_be(folder):
     for wrong in ("a photo", "a {class}", "{name} {", "{name} | a photo"):
         refused(*configure(folder, generator__prompt=wrong), "generator.prompt: got", "needs {name}")
     config, parts = configure(folder)
-    nameless = dataclasses.replace(parts, info=dataclasses.replace(parts.info, name="other", class_names=("0", "", "cat", "3")))
-    refused(config, nameless, "other has none for the labels 0, 1, 3")
+    nameless = dataclasses.replace(
+        parts, info=dataclasses.replace(parts.info, name="other", class_names=("0", "", "cat", "3", "class 4"))
+    )
+    refused(config, nameless, "other has none for the labels 0, 1, 3, 4")
     assert make_prompts("other", ["0", "1"], "the figure {name}").text(1, 0) == "the figure 1"

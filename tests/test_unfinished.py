@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 from helpers import quick, run_and_kill
 
+from fbl_flower.claim import Claim
 from fbl_flower.commands.overrides import chosen_config
 from fbl_flower.config import RunConfig, flatten, parse_config
 from fbl_flower.errors import ConfigError, StateError
 from fbl_flower.federation import client
 from fbl_flower.federation.local import run_local
 from fbl_flower.reporting.rundir import RunDirectory, changed_settings
-from fbl_flower.reporting.unfinished import Claim, open_run
+from fbl_flower.reporting.unfinished import open_run
 
 
 def killed_in_round(number: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run until the server would write the line of a round, and end there without a word, as a kill does."""
-    client._client_data.cache_clear()
+    client._prepared.cache_clear()
     append, write_json = RunDirectory.append, RunDirectory.write_json
 
     def dies(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ def test_only_the_newest_unfinished_run_with_the_same_settings_counts(tmp_path: 
 
 
 def _hold(folder: Path, ready: Any, end: Any) -> None:
-    Claim(folder)
+    Claim(folder, patience=0.0)
     ready.set()
     end.wait(30)
 

@@ -30,7 +30,6 @@ class FromOwnImages:
     """
 
     def __init__(self, generator: ImageToImage, own: Examples) -> None:
-        self.batch_size = generator.batch_size
         self._generator = generator
         self._own = own
         self._of_class = {label: torch.nonzero(own.labels == label).flatten() for label in set(own.labels.tolist())}
@@ -38,6 +37,10 @@ class FromOwnImages:
         digest.update(own.labels.numpy().tobytes())
         digest.update(own.images.contiguous().numpy().tobytes())
         self.fingerprint = digest.hexdigest()
+
+    @property
+    def batch_size(self) -> int:
+        return self._generator.batch_size
 
     def generate(self, labels: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
         """Return uint8 [M, C, H, W]; also raises `GeneratorError` for a class of which there is no own image."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fbl_flower.commands.json_file import check_parent, unwritable_file
 from fbl_flower.commands.overrides import read_overrides
 from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.data.datasets import load_parts
@@ -30,6 +31,10 @@ _GALLERY = 8  # images of each class and kind
 def train(options: argparse.Namespace) -> None:
     """Train a generator on the public part and write its folder; go on with a training that was stopped."""
     config = configuration_of(options)
+    if strange := [key for key in read_overrides(options.config) if not key.startswith("data.") and key != "device"]:
+        raise ConfigError(
+            [f"{', '.join(strange)}: a training takes only data.* and device from -c; its own options are listed by --help"]
+        )
     parts = load_parts(config.data)
     torch.set_num_threads(options.threads)
     asked = {name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate", "widths", "seed")}
@@ -38,7 +43,7 @@ def train(options: argparse.Namespace) -> None:
         **{name: value for name, value in asked.items() if value is not None}, augmentation=Augmentation().scaled(deformed)
     )
     out = options.out or Path(f"{parts.info.name}-{parts.image_size}px")
-    if options.checkpoint_every < 1 or options.minutes <= 0:
+    if options.checkpoint_every < 1 or not options.minutes > 0:
         problem = f"--checkpoint-every, --minutes: got {options.checkpoint_every}, {options.minutes:g}; allowed: >= 1, > 0"
         raise ConfigError([problem])
     device = pick_device(config)
@@ -69,12 +74,16 @@ def draw_gallery(options: argparse.Namespace) -> None:
     config = configuration_of(options, folder=options.folder)
     parts = load_parts(config.data)
     torch.set_num_threads(options.threads)
+    check_parent(options.out)
     names = parts.info.class_names
     labels = [label for label in range(len(names)) for _ in range(_GALLERY)]
     seeds = [derive(config.seed, "gallery", place) for place in range(len(labels))]
     images = load_generator(config, parts).generate(labels, seeds)
     synthetic = Examples(images=images, labels=torch.tensor(labels), synthetic=torch.ones(len(labels), dtype=torch.bool))
-    gallery(parts.validation, synthetic, names, options.out, per_class=_GALLERY)
+    try:
+        gallery(parts.validation, synthetic, names, options.out, per_class=_GALLERY)
+    except OSError as error:
+        raise unwritable_file(options.out, error) from error
     print(f"{options.out}: real validation images on the left, synthetic ones on the right")
 
 

@@ -25,7 +25,7 @@ from fbl_flower.models import check_model
 from fbl_flower.training.central import train_centrally
 
 _BATCH = 250  # images that a measuring classifier sees at once
-_NO_JUDGE = 2  # times chance: a judge below that has not learned
+_NO_JUDGE = 0.1  # of the way from chance to no error: a judge below that has not learned
 _COST_IMAGES = 100  # made in a process of its own, whose memory is measured
 
 
@@ -52,9 +52,11 @@ def quality(options: argparse.Namespace) -> None:
         one = measure_quality(
             generator, parts, train_classifier=train_classifier, seeds=options.seeds, evaluate_on=options.evaluate_on
         )
-        measured[str(place)] = one = replace(one, num_bytes=size_of(place) if on_disk else None, peak_mb=peak_mb)
-        print(f"{place}\n\n{one.as_markdown()}\n\nmeasured in {time.perf_counter() - start:.0f} s\n", flush=True)
-        if one.judge_accuracy < _NO_JUDGE / parts.info.num_classes:
+        name = str(place) if on_disk else config.generator.name
+        measured[name] = one = replace(one, num_bytes=size_of(place) if on_disk else None, peak_mb=peak_mb)
+        print(f"{name}\n\n{one.as_markdown()}\n\nmeasured in {time.perf_counter() - start:.0f} s\n", flush=True)
+        chance = 1 / parts.info.num_classes
+        if one.judge_accuracy < chance + _NO_JUDGE * (1 - chance):
             print(
                 f"fbl-flower: the network that judges gives only {100 * one.judge_accuracy:.0f} % of the real images their label: nothing here "
                 "can be relied on; train longer (--epochs), or choose another (such as -c 'model.stem=\"32x32\"' for small images)",

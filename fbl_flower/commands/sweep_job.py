@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fbl_flower.claim import Claim
 from fbl_flower.commands.experiments import Row, read_rows
 from fbl_flower.commands.job_memory import memory_of
 from fbl_flower.commands.json_file import write_json
@@ -147,8 +148,6 @@ def _end_with(parent: int) -> None:
 
 def main() -> int:
     """Run the job that the command line names, and write its result whole or not at all."""
-    from fbl_flower.reporting.unfinished import Claim
-
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     parser = argparse.ArgumentParser(prog="python -m fbl_flower.commands.sweep_job", description="Run one job of a sweep.")
     parser.add_argument("--row", type=Path, required=True)

@@ -129,7 +129,7 @@ class GeneratorConfig:
     memory_limit: int = option(0, "MiB for the images that are made together; 0: half of the free memory", low=0)
     time_budget: float = option(
         0.0,
-        "seconds that a client may generate at its start; what is missing then is kept in real images; 0: no limit",
+        "seconds that a client may generate at the start of a run; what is missing then is kept in real images; 0: no limit",
         low=0.0,
     )
     resolution: int = option(

@@ -82,7 +82,7 @@ def prepare(message: Message, context: Context) -> Message:
     config, request = _config(context), Request.from_record(message.content)
     role = _role(config, request.client, context)
     _tidy(_state_dir(context) / "clients", keep_state_days(context), request.run)
-    _client_data(config, request.client, _state_dir(context), _own_folder(config, context), role.capability)
+    _client_data(config, request, context, role.capability)
     _tell_what_is_sent(request.client, role.method)
     return Message(RecordDict(), reply_to=message)
 
@@ -95,7 +95,7 @@ def train(message: Message, context: Context) -> Message:
     config, request = _config(context), Request.from_record(message.content)
     # Prepared at first contact, if it was not before.
     role, state_dir = _role(config, request.client, context), _state_dir(context)
-    data = _client_data(config, request.client, state_dir, _own_folder(config, context), role.capability)
+    data = _client_data(config, request, context, role.capability)
     _tell_what_is_sent(request.client, role.method)
     store = StateStore(state_folder(state_dir, request.run, request.client))
     state = store.load(before_round=request.server_round)
@@ -205,8 +205,22 @@ def _tell_what_is_sent(client: int, method: str) -> None:
         _log.warning("client %d: FedGen sends the label counts of this client to the server, as published", client)
 
 
+def _client_data(config: RunConfig, request: Request, context: Context, capability: str) -> ClientData:
+    """Prepare a client. Time for generating that ran out is not granted again in the same run: the plan stays as it is."""
+    spent = state_folder(_state_dir(context), request.run, request.client) / "time-budget-spent"
+    may_generate = not (config.generator.time_budget and spent.exists())
+    own_folder = _own_folder(config, context)
+    data = _prepared(config, request.client, _state_dir(context), own_folder, capability, may_generate)
+    if data.unfilled > 0 and may_generate:
+        spent.parent.mkdir(parents=True, exist_ok=True)
+        spent.touch()
+    return data
+
+
 @functools.lru_cache(maxsize=128)
-def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Path | None, capability: str) -> ClientData:
+def _prepared(
+    config: RunConfig, client: int, state_dir: Path, own_folder: Path | None, capability: str, may_generate: bool
+) -> ClientData:
     """Prepare a client, once per process and configuration; progress goes to the node's own terminal."""
     if not _log.handlers:
         _log.addHandler(logging.StreamHandler())
@@ -231,14 +245,15 @@ def _client_data(config: RunConfig, client: int, state_dir: Path, own_folder: Pa
             progress=progress,
             check=readiness.check,
             capability=capability,
+            may_generate=may_generate,
         )
-    if data.unfilled > 0:
+    if data.unfilled == 0:
+        readiness.done()
+    elif may_generate:
         _log.warning(
             "client %d: %.0f %% of its synthetic images are missing: generator.time-budget ran out; real ones stay instead, and "
-            "the next start goes on",
+            "the next run goes on",
             client,
             100 * data.unfilled,
         )
-    else:
-        readiness.done()
     return data

@@ -44,7 +44,9 @@ def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays, *, simula
         return
     parts = load_parts(config.data)
     names = parts.info.class_names
-    clients = [prepare_client(config, k, cache_folder=state_dir / "cache") for k in range(config.num_clients)]
+    clients = [
+        prepare_client(config, k, cache_folder=state_dir / "cache", may_generate=False) for k in range(config.num_clients)
+    ]
     states = [_newest_state(state_folder(state_dir, run.identity, k)) for k in range(config.num_clients)]
     clients = [filtered(c, None if s is None else s.kept_fill, seed=config.seed) for c, s in zip(clients, states, strict=True)]
     filled = np.stack([c.fill.counts(len(names)).numpy() for c in clients])

@@ -130,10 +130,8 @@ def generate_cached(
         else:
             found[pair] = image
     num_generated = 0
-    for start in range(0, len(missing), generator.batch_size):
-        if time.monotonic() >= deadline:
-            break
-        batch = missing[start : start + generator.batch_size]
+    while num_generated < len(missing) and time.monotonic() < deadline:
+        batch = missing[num_generated : num_generated + generator.batch_size]
         images = generator.generate([label for label, _ in batch], [seed for _, seed in batch])
         for pair, image in zip(batch, images, strict=True):
             cache.put(generator.fingerprint, *pair, image)

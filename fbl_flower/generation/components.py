@@ -65,8 +65,9 @@ def read_source(
         model, report = cls.from_pretrained(source, **arguments, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # both libraries and the hub's client raise whatever they like
         raise GeneratorError(
-            f"quantize: {where} cannot be loaded as {class_name} from safetensors ({_short(error)}); "
-            "correct the source, or download it and give the directory"
+            f"quantize: {where} cannot be loaded as {class_name} from safetensors ({_short(error)})"
+            + ("" if Path(source).is_dir() else "; there is no such model, no access, or no network")
+            + "; correct the source, or download it and give the directory"
         ) from error
     if missing := sorted(report["missing_keys"]):  # both libraries would leave them at random, with a warning
         raise GeneratorError(

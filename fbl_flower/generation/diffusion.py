@@ -54,7 +54,6 @@ class DiffusionGenerator:
         device: str,
     ) -> None:
         self.info = info
-        self.batch_size = batch_size
         self._load_network = load_network
         self._loaded: nn.Module | None = None
         self._steps = steps
@@ -118,6 +117,10 @@ class DiffusionGenerator:
             if self._loaded is None:
                 self._loaded = self._load_network()
             return self._loaded
+
+    @property
+    def batch_size(self) -> int:
+        return self._batches.now()
 
     def _bytes_per_image(self) -> int:
         patch = patch_of(self.info.image_size)

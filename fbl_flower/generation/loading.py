@@ -85,7 +85,12 @@ def check_generator(config: RunConfig, parts: DataParts) -> list[str]:
         problems.append(
             f"generator.path: {folder} knows {info.num_classes} classes; the data set has {parts.info.num_classes}; train one for it"
         )
-    if wanted == info.data_name == parts.info.name and info.public_sha256 != parts.public_sha256:
+    elif info.data_name == wanted == config.data.name and info.class_names != parts.info.class_names:
+        problems.append(
+            f"generator.path: {folder} was trained on the classes {', '.join(info.class_names)}, in this order; the federation's are "
+            f"{', '.join(parts.info.class_names)}; correct data.classes, or train one for them"
+        )
+    elif wanted == info.data_name == parts.info.name and info.public_sha256 != parts.public_sha256:
         problems.append(
             f"generator.path: {folder} was trained on another public part of {wanted} than this configuration cuts, and may have seen "
             "test images; set data.num-test, data.num-public and data.num-validation to what it was trained with, or train one anew"

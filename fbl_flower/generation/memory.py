@@ -114,7 +114,7 @@ class Batches:
             all its images on disk needs none.
 
     Attributes:
-        size: Images made together, from the first `run` on.
+        size: Images made together; 0 until there was work.
     """
 
     def __init__(self, size: Callable[[], int]) -> None:
@@ -122,14 +122,20 @@ class Batches:
         self._find_size = size
         self._finding = threading.Lock()  # threads may share a generator, and would count each other's activations
 
+    def now(self) -> int:
+        """Return how many images are made together, now that there is work."""
+        with self._finding:
+            self.size = self.size or self._find_size()
+        return self.size
+
     def run(self, num: int, make: Callable[[int, int], None]) -> None:
         """Call `make(start, stop)` for every batch of `num` images; one that runs out of memory is made again in halves.
 
         Raises:
             Exception: As `make` does, also if memory runs out with a single image.
         """
-        with self._finding:
-            self.size = self.size or (self._find_size() if num else 0)
+        if num:
+            self.now()
         start = 0
         while start < num:
             stop = min(start + self.size, num)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -11,7 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fbl_flower.errors import GeneratorError
+from fbl_flower.claim import Claim
+from fbl_flower.errors import GeneratorError, StateError
 
 
 def make_parent(out: Path) -> None:
@@ -30,6 +33,8 @@ def make_parent(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out`, and rename it to `out` at the end, readable by everyone; after an error nothing is left.
 
+    What a kill leaves behind is removed by the next attempt.
+
     Args:
         out: Must not exist; its parents are made.
 
@@ -38,9 +43,11 @@ def new_folder(out: Path) -> Iterator[Path]:
             safetensors: what is read inside must have errors of its own.)
     """
     make_parent(out)
-    folder = out
+    _remove_leftovers(out)
+    folder, claim = out, None
     try:
         folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+        claim = Claim(folder, patience=0.0)
         yield folder
         folder.chmod(0o755)  # what temporary files are made with closes them to other users
         for file in folder.rglob("*"):
@@ -51,6 +58,16 @@ def new_folder(out: Path) -> Iterator[Path]:
     finally:
         if folder != out:
             shutil.rmtree(folder, ignore_errors=True)
+        if claim is not None:
+            claim.release()
+
+
+def _remove_leftovers(out: Path) -> None:
+    for folder in out.parent.glob(f".{glob.escape(out.name)}-????????"):
+        with contextlib.suppress(OSError, StateError):  # another process is making it
+            claim = Claim(folder, patience=0.0)
+            shutil.rmtree(folder, ignore_errors=True)
+            claim.release()
 
 
 def unwritable(out: Path, error: Exception) -> GeneratorError:

@@ -21,6 +21,7 @@ from fbl_flower.generation.text_to_image_recipe import COMPONENTS, DTYPES, WEIGH
 _LIBRARIES = ("torch", "diffusers", "transformers", "optimum-quanto")
 AUTO = "auto"  # the tiny decoder below, where the pipeline has a full one
 _TINY_DECODER = "madebyollin/taesd"  # for the latents of Stable Diffusion 1 and 2
+_MORE_THAN_TEXT = ("num_class_embeds", "class_embed_type", "addition_embed_type", "encoder_hid_dim_type")
 _IGNORED = {"safety_checker", "feature_extractor", "image_encoder"}  # parts of a pipeline that have no say in the pixels
 
 
@@ -70,6 +71,7 @@ def quantize_pipeline(
     with new_folder(out) as folder:
         for component in ("scheduler", "tokenizer"):
             part = read_source(source, component, classes[component], revision=commit)
+            shape.note(component, part, source)
             try:
                 part.save_pretrained(folder / component)
             except Exception as error:  # the tokenizers' library raises bare ones
@@ -123,9 +125,14 @@ class _Shape:
 
     def __init__(self) -> None:
         self.num_parameters: dict[str, int] = {}
-        self.latent_side = self.vae_scale = self._latent_channels = self._text_width = 0
+        self.latent_side = self.vae_scale = self._latent_channels = self._text_width = self._num_tokens = 0
 
     def note(self, component: str, model: Any, source: str) -> None:
+        """Raise `GeneratorError` where a part does not fit those before it, or the UNet asks for what no text gives."""
+        if component == "tokenizer":
+            self._num_tokens = len(model)
+        if component in ("scheduler", "tokenizer"):
+            return
         self.num_parameters[component] = num_parameters(model)
         config = model.config
         problem = ""
@@ -135,9 +142,17 @@ class _Shape:
                 self.vae_scale = 2 ** (len(config.block_out_channels) - 1)
             case "text_encoder":
                 self._text_width = config.hidden_size
+                if self._num_tokens > config.vocab_size:
+                    raise GeneratorError(
+                        f"quantize: the text encoder of {source} knows {config.vocab_size} tokens, and its tokenizer {self._num_tokens}; "
+                        "give a whole pipeline"
+                    )
             case _:
                 self.latent_side = config.sample_size
-                if not isinstance(config.sample_size, int):
+                strange = [name for name in _MORE_THAN_TEXT if config.get(name) is not None]
+                if strange:
+                    problem = f"it needs more than a text ({', '.join(f'{name}: {config[name]}' for name in strange)})"
+                elif not isinstance(config.sample_size, int):
                     problem = f"its sample_size is {config.sample_size}; wanted one number, for square images"
                 elif config.in_channels != self._latent_channels or config.out_channels != self._latent_channels:
                     problem = f"it has {config.in_channels} latent channels, and the autoencoder {self._latent_channels}"

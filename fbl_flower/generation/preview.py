@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from fbl_flower.seeding import derive
 _COLUMNS = 10
 _MOST_CLASSES = 20
 _STEPS, _GUIDANCE = 8, 2.0
+_log = logging.getLogger("fbl_flower.generation")
 
 
 def write_preview(
     file: Path, network: nn.Module, *, image_size: int, channels: int, num_classes: int, seed: int, device: torch.device
 ) -> None:
-    """Write a PNG with ten images of each of the first twenty classes, from the same noise each time."""
+    """Write a PNG with ten images of each of the first twenty classes, from the same noise each time; leave it if the disk is full."""
     labels = [label for label in range(min(num_classes, _MOST_CLASSES)) for _ in range(_COLUMNS)]
     seeds = [derive(seed, "preview", place) for place in range(len(labels))]
     images = sample(
@@ -28,5 +30,9 @@ def write_preview(
         steps=_STEPS, guidance=_GUIDANCE, device=device,
     )  # fmt: skip
     part = file.with_suffix(".part")
-    save_image(images / 255, part, format="png", nrow=_COLUMNS, padding=2, pad_value=1.0)
-    os.replace(part, file)
+    try:
+        save_image(images / 255, part, format="png", nrow=_COLUMNS, padding=2, pad_value=1.0)
+        os.replace(part, file)
+    except OSError as error:  # no reason to end a training
+        part.unlink(missing_ok=True)
+        _log.warning("generator: no preview (%s)", error)

@@ -11,6 +11,7 @@ from fbl_flower.seeding import derive
 
 _FIELD = "{name}"
 _SEPARATOR = " | "
+_NUMBERED = re.compile(r"class \d+")  # what the reader of parquet files calls a class whose name nobody has given
 
 # Simple and varied, after the prompts that CLIP was evaluated with (Radford et al., arXiv 2103.00020).
 _PHOTO = (
@@ -74,8 +75,11 @@ class Prompts:
 
     def text(self, label: int, seed: int) -> str:
         """Return the prompt of an image; its seed chooses the template."""
-        template = self.templates[derive(seed, "prompt") % len(self.templates)]
-        name = self.names[label]
+        return self.filled_in(self.templates[derive(seed, "prompt") % len(self.templates)], self.names[label])
+
+    @staticmethod
+    def filled_in(template: str, name: str) -> str:
+        """Return a template with a class in it."""
         if name[:1].lower() in "aeiou":
             template = re.sub(r"\b([Aa]) \{name\}", r"\1n {name}", template)
         return template.replace(_FIELD, name)
@@ -106,7 +110,8 @@ def make_prompts(data_name: str, class_names: Sequence[str], override: str = "",
     nameless = [
         label
         for label, name in enumerate(class_names)
-        if name.strip() not in own and (not name.strip() or (name.strip().isdigit() and not numbers_read))
+        if name.strip() not in own
+        and (not name.strip() or _NUMBERED.fullmatch(name.strip()) or (name.strip().isdigit() and not numbers_read))
     ]
     if nameless or not class_names:
         problems.append(

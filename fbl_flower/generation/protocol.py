@@ -18,7 +18,8 @@ class ImageGenerator(Protocol):
 
     Attributes:
         fingerprint: Hex digest of everything else that decides the pixels: weights, steps, guidance, batch size ...
-        batch_size: Images that are made together; asking for multiples of it wastes nothing.
+        batch_size: Images that are made together, as memory allows now; asking for multiples of it wastes nothing. Where it depends on
+            memory, asking for it may load the network.
     """
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -71,8 +72,8 @@ class SeedQuality:
 
     @property
     def ratio(self) -> float:
-        """Synthetic by public accuracy."""
-        return self.synthetic_accuracy / self.public_accuracy
+        """Synthetic by public accuracy; not a number where the latter is 0."""
+        return self.synthetic_accuracy / self.public_accuracy if self.public_accuracy else math.nan
 
 
 _MEASURES = ("ratio", *(f.name for f in fields(SeedQuality) if f.name != "seed"))
@@ -173,12 +174,14 @@ def measure_quality(
             reported on test.
 
     Raises:
-        GeneratorError: No seed, or fewer than two real images in the part that judges.
+        GeneratorError: No seed, or no two real images of a class in the part that judges, or among those that are public.
     """
     real = parts.test if evaluate_on == "test" else parts.validation
-    if not seeds or len(real) < 2:
+    most = [int(part.counts(parts.info.num_classes).max()) for part in (real, parts.public)]
+    if not seeds or min(most) < 2:
         raise GeneratorError(
-            f"quality of a generator: got {len(seeds)} seeds and {len(real)} {evaluate_on} images; wanted at least 1 and 2"
+            f"quality of a generator: got {len(seeds)} seeds, and at most {most[0]} {evaluate_on} images and {most[1]} public ones of a class; "
+            f"wanted at least 1, 2 and 2 (data.num-{evaluate_on}, data.num-public)"
         )
     train = parts.public if evaluate_on == "validation" else concatenate(parts.public, parts.validation)
     judge = train_classifier(train, derive(seeds[0], "judge"))

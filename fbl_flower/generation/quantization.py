@@ -86,19 +86,30 @@ def load_quantized(build: Callable[[], nn.Module], folder: Path, *, device: str 
         layers = json.loads((folder / LAYERS).read_text(encoding="utf-8"))
     except ValueError as error:
         raise GeneratorError(f"generator: {folder / LAYERS} is damaged ({error}); {_WAY_OUT}") from error
-    with init_empty_weights(include_buffers=False):  # buffers that no file holds must be real
-        module = build()
-    floats = [tensor.dtype for name, tensor in state.items() if name.endswith("bias")]
     foreign = f"generator: {folder / WEIGHTS} does not fit the network beside it"
+    try:
+        with init_empty_weights(include_buffers=False):  # buffers that no file holds must be real
+            module = build()
+    except GeneratorError:
+        raise
+    except Exception as error:  # a library's own class, given a configuration that nobody has checked
+        raise GeneratorError(
+            f"{foreign}: that cannot be built ({type(error).__name__}: {_first_line(error)}); {_WAY_OUT}"
+        ) from error
+    floats = [tensor.dtype for name, tensor in state.items() if name.endswith("bias")]
     try:
         nn.Module.to(module, floats[0])  # what was not quantised keeps the type it was saved in; diffusers' own `to` warns
         requantize(module, state, layers, device=torch.device(device))
     except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-        raise GeneratorError(f"{foreign} ({type(error).__name__}: {error}); {_WAY_OUT}") from error
+        raise GeneratorError(f"{foreign} ({type(error).__name__}: {_first_line(error)}); {_WAY_OUT}") from error
     # quanto loads leniently: a file without some layers would leave random weights behind
     if difference := _names_that_differ(module, state):
         raise GeneratorError(f"{foreign} ({len(difference)} names differ, such as {min(difference)}); {_WAY_OUT}")
     return module.eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _names_that_differ(module: nn.Module, state: Mapping[str, torch.Tensor]) -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +85,8 @@ class TrainingRecipe:
             problems.append(f"steps, batch_size, warmup: got {self.steps}, {self.batch_size}, {self.warmup}; wanted >= 1, 1, 0")
         if not 0 <= self.label_dropout < 1 or not 0 <= self.ema < 1:
             problems.append(f"label_dropout, ema: got {self.label_dropout}, {self.ema}; wanted 0 <= x < 1")
-        if self.learning_rate <= 0:
-            problems.append(f"learning_rate: got {self.learning_rate}; wanted > 0")
+        if not 0 < self.learning_rate < math.inf:
+            problems.append(f"learning_rate: got {self.learning_rate}; wanted a number > 0")
         if problems:
             raise GeneratorError("recipe of a generator: " + "; ".join(problems))
 
@@ -207,6 +208,6 @@ def _parse(raw: dict[str, Any]) -> GeneratorInfo:
     for name in ("image_size", "channels", "num_images", "num_threads"):
         if not isinstance(getattr(info, name), int):
             raise TypeError(f"{name}: got {getattr(info, name)!r}; wanted a whole number")
-    if not info.files:
-        raise ValueError("files: empty")
+    if not isinstance(info.files, dict) or not info.files:
+        raise ValueError(f"files: got {info.files!r}; wanted the sum of each file")
     return info

@@ -79,7 +79,6 @@ class TextToImageGenerator:
     ) -> None:
         self.info = info
         self.num_blank = 0
-        self.batch_size = settings.batch_size
         self._load_components = load_components
         self._loaded: Mapping[str, Any] = {}
         self._loading = threading.Lock()
@@ -135,13 +134,19 @@ class TextToImageGenerator:
         if problems := check_pipeline_files(folder, info):
             raise GeneratorError("\n".join(problems))
         own_scheduler = read_scheduler(folder / "scheduler", info.components["scheduler"])
-        return cls(lambda: _read_components(folder, info, device), own_scheduler, info, target, settings, device=device)
+        return cls(
+            lambda: _read_components(folder, info, target.prompts, device), own_scheduler, info, target, settings, device=device
+        )
 
     @property
     def _components(self) -> Mapping[str, Any]:
         with self._loading:
             self._loaded = self._loaded or self._load_components()
             return self._loaded
+
+    @property
+    def batch_size(self) -> int:
+        return self._sizes.now()
 
     def _bytes_per_image(self) -> int:
         """Return what one evaluation of the UNet takes, or of the decoder if that is more; the two follow each other."""
@@ -265,12 +270,13 @@ class TextToImageGenerator:
         return large.clamp(0, 1).expand(-1, 3, -1, -1)
 
 
-def _read_components(folder: Path, info: PipelineInfo, device: str) -> dict[str, Any]:
-    """Read tokenizer and models.
+def _read_components(folder: Path, info: PipelineInfo, prompts: Prompts, device: str) -> dict[str, Any]:
+    """Read tokenizer and models; raise `GeneratorError` where a prompt is too long for them.
 
     On a CPU, models of more than 50 million weights stay quantised in memory; all others become float ones with the same values, once.
     """
     components: dict[str, Any] = {"tokenizer": _read_tokenizer(folder / "tokenizer")}
+    _check_lengths(prompts, components["tokenizer"])
     for name in ("vae", "text_encoder", "unet"):
         weights = "none" if name == "vae" else info.weights
         try:
@@ -292,6 +298,17 @@ def _read_tokenizer(folder: Path) -> Any:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers' library raises bare ones
         raise GeneratorError(f"generator: {folder} holds no tokenizer that can be read ({error}); {WAY_OUT}") from error
+
+
+def _check_lengths(prompts: Prompts, tokenizer: Any) -> None:
+    """Refuse a prompt of which the model would read only the beginning: what is cut off is often the class itself."""
+    most = int(tokenizer.model_max_length)
+    for text in (prompts.filled_in(template, name) for template in prompts.templates for name in prompts.names):
+        if (length := len(tokenizer(text).input_ids)) > most:
+            raise GeneratorError(
+                f"generator.prompt, generator.class-words: {text!r} has {length} tokens, and the model reads {most}; shorten it",
+                public=f"a prompt has {length} tokens, and the model reads {most}; shorten generator.prompt or generator.class-words",
+            )
 
 
 def _other_versions(info: PipelineInfo) -> str:

@@ -69,8 +69,8 @@ def train_generator(
         What was written to `recipe.json`; None if `stop_after` ended the training before its last step.
 
     Raises:
-        GeneratorError: `out` is there already or cannot be written, a class has no public image, the recipe does not fit the images, or the checkpoint
-            is damaged or another training's.
+        GeneratorError: `out` is there already or cannot be written, a class has no public image, the recipe does not fit the images, the
+            training diverges, another process works on it, or the checkpoint is damaged or another training's.
     """
     if out.exists():
         raise GeneratorError(f"generator: {out} is there already; remove it, or choose another folder")
@@ -80,24 +80,25 @@ def train_generator(
         raise GeneratorError(f"generator: no public image of {', '.join(lacking)}; use more public images (data.num-public)")
     training = Training(parts, recipe, device=device, compiled=compiled)
     checkpoint = TrainingCheckpoint(out.with_name(f"{out.name}.training"), recipe=recipe, public_sha256=parts.public_sha256)
-    if training.restore(checkpoint):
-        _tell(progress, f"going on after step {training.steps_done} of {recipe.steps}")
-    started = time.perf_counter()
-    # an interruption saves nothing: it comes in the middle of a step, whose draws and weights would not belong together
-    while training.steps_done < recipe.steps and time.perf_counter() - started < stop_after:
-        training.step()
-        if training.steps_done % checkpoint_every == 0:
+    with checkpoint.claimed():
+        if training.restore(checkpoint):
+            _tell(progress, f"going on after step {training.steps_done} of {recipe.steps}")
+        started = time.perf_counter()
+        # an interruption saves nothing: it comes in the middle of a step, whose draws and weights would not belong together
+        while training.steps_done < recipe.steps and time.perf_counter() - started < stop_after:
+            training.step()
+            if training.steps_done % checkpoint_every == 0:
+                training.save(checkpoint)
+            if training.steps_done % max(1, recipe.steps // _REPORTS) == 0 or training.steps_done == recipe.steps:
+                _tell(progress, training.describe())
+        if training.steps_done < recipe.steps:
             training.save(checkpoint)
-        if training.steps_done % max(1, recipe.steps // _REPORTS) == 0 or training.steps_done == recipe.steps:
-            _tell(progress, training.describe())
-    if training.steps_done < recipe.steps:
-        training.save(checkpoint)
-        _tell(progress, f"stopped after step {training.steps_done} of {recipe.steps}; the same command goes on")
-        return None
-    described = _info_of(parts, recipe=recipe, spent=training.spent)
-    info = write_generator(training.average.cpu(), described, out=out, weights=weights)
-    checkpoint.remove()
-    return info
+            _tell(progress, f"stopped after step {training.steps_done} of {recipe.steps}; the same command goes on")
+            return None
+        described = _info_of(parts, recipe=recipe, spent=training.spent)
+        info = write_generator(training.average.cpu(), described, out=out, weights=weights)
+        checkpoint.remove()
+        return info
 
 
 def _tell(progress: Callable[[str], None] | None, line: str) -> None:
@@ -144,6 +145,11 @@ class Training:
         with autocast("auto" if self._device.type == "cuda" else "fp32", self._device):
             loss = flow_loss(self._forward, batch)
         self._optimizer.zero_grad(set_to_none=True)
+        if not bool(loss.isfinite()):
+            raise GeneratorError(
+                f"generator: the loss of step {step} is not finite: the training has diverged; lower --learning-rate "
+                f"(it is {recipe.learning_rate:g})"
+            )
         loss.backward()
         nn.utils.clip_grad_norm_(self._network.parameters(), recipe.clip_norm)
         self._optimizer.step()

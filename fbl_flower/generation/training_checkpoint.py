@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fbl_flower.errors import GeneratorError
+from fbl_flower.claim import Claim
+from fbl_flower.errors import GeneratorError, StateError
 from fbl_flower.generation.recipe import TrainingRecipe
 
 
@@ -64,6 +67,27 @@ class TrainingCheckpoint:
         self.folder = folder
         self.file = folder / "checkpoint.safetensors"
         self._identity = {"recipe": json.dumps(dataclasses.asdict(recipe)), "public_sha256": public_sha256}
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from this training meanwhile.
+
+        Raises:
+            GeneratorError: Another one works on it, or the folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            claim = Claim(self.folder, patience=0.0)
+        except StateError as error:
+            raise GeneratorError(f"generator: {error}, or choose another folder for yours (--out)") from error
+        except OSError as error:
+            raise GeneratorError(f"generator: {self.folder} cannot be made ({error}); mend its permissions") from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # there is a checkpoint in it, or it is gone
+                self.folder.rmdir()
+            claim.release()
 
     def write(self, tensors: Mapping[str, torch.Tensor], *, steps_done: int, losses: Sequence[float], spent: Spent) -> None:
         """Replace the checkpoint, whole or not at all.

@@ -7,6 +7,7 @@ costs a second, and a client never draws.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,11 +178,17 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the PNG at 130 dots per inch, by the Agg renderer, which needs no screen."""
+    """Write the PNG at 130 dots per inch, by the Agg renderer, which needs no screen; whole, or not at all with an `OSError`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(path, dpi=130, format="png")
+    part = path.with_name(path.name + ".part")
+    try:
+        FigureCanvasAgg(figure).print_figure(part, dpi=130, format="png")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def class_colour(label: int, num_classes: int) -> Any:

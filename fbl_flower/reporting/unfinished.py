@@ -3,60 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+from fbl_flower.claim import Claim
 from fbl_flower.config import RunConfig, flatten
 from fbl_flower.errors import StateError
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory, changed_settings
 
-if sys.platform != "win32":
-    import fcntl
-
 AUTO = "auto"
 _PATIENCE = 60.0  # seconds that the server process of a killed SuperLink may take to end
-
-
-class Claim:
-    """Keeps other servers from a run directory, until `release` or the end of this process, however it ends.
-
-    Args:
-        folder: The run directory.
-        patience: Seconds to wait for another process that has it.
-
-    Raises:
-        StateError: It still has it then.
-    """
-
-    def __init__(self, folder: Path, *, patience: float = _PATIENCE) -> None:
-        self._handle: int | None = None
-        if sys.platform == "win32":
-            return
-        handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    os.close(handle)
-                    raise StateError(
-                        f"resume: another process works on {folder}; wait for its end or stop it, or start a run of its own (resume empty)"
-                    ) from error
-                time.sleep(0.2)
-            except OSError:  # a file system without locks
-                break
-        self._handle = handle
-
-    def release(self) -> None:
-        """Let others have it."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
 
 
 def open_run(config: RunConfig, *, patience: float = _PATIENCE) -> tuple[RunDirectory, Checkpoint | None, Claim]:
@@ -74,11 +31,14 @@ def open_run(config: RunConfig, *, patience: float = _PATIENCE) -> tuple[RunDire
         config = replace(config, resume=str(found))
     if config.resume in ("", AUTO):
         run = RunDirectory.create(config)
-        return run, None, Claim(run.path)
+        return run, None, Claim(run.path, patience=patience)
     folder = Path(config.resume).expanduser()
     if not folder.is_dir():
         raise StateError(f"resume: {folder} is not the directory of a run (no such folder)")
-    claim = Claim(folder, patience=patience)
+    try:
+        claim = Claim(folder, patience=patience)
+    except StateError as error:
+        raise StateError(f"resume: {error}; or start a run of its own (resume empty)") from error
     try:
         return *RunDirectory.reopen(config), claim
     except BaseException:

@@ -63,6 +63,7 @@ def prepare_client(
     progress: Callable[[int, int], None] | None = None,
     capability: str = "",
     check: Callable[[DataParts, Examples], None] | None = None,
+    may_generate: bool = True,
 ) -> ClientData:
     """Load a client's images, plan its balanced set, and generate what is missing and not yet on its disk.
 
@@ -74,6 +75,7 @@ def prepare_client(
         progress: Called with (images generated, images to generate).
         capability: full, rich or none; empty: as the run's seed draws it.
         check: Called with the data set and the client's images before anything is generated; may refuse by an error.
+        may_generate: Whether time for generating is left, if it is bounded; without it, only what is on the disk already is used.
     """
     parts = _parts(config, own_folder)
     capability = capability or drawn_roles(config)[client].capability
@@ -83,6 +85,7 @@ def prepare_client(
     plan = client_plan(config, real, parts.info.num_classes, client, capability=capability)
     synthetic, unfilled = real.take(torch.zeros(0, dtype=torch.int64)), 0.0
     if plan is not None and plan.fill.sum() > 0:
+        budget = config.generator.time_budget
         synthetic = fill(
             plan,
             shared_generator(config, own_folder),
@@ -91,7 +94,7 @@ def prepare_client(
             client=client,
             own=real if config.generator.image_to_image else None,
             progress=progress,
-            seconds=config.generator.time_budget or math.inf,
+            seconds=0.0 if budget and not may_generate else budget or math.inf,
         )
         counts, made = (examples.counts(parts.info.num_classes).numpy() for examples in (real, synthetic))
         unfilled = 1 - len(synthetic) / int(plan.fill.sum())
