@@ -27,6 +27,7 @@ from fbl_flower.device import pick_device, precision_on
 from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
 
 _PATIENCE = 5.0  # seconds for a job whose sweep was killed to end
+_ROUNDS = "num-server-rounds"
 _BYTES = ("bytes_to_clients", "bytes_from_clients")
 
 
@@ -79,8 +80,8 @@ def unfinished_otherwise(row: Row, seed: int, keep: Path) -> list[str]:
         except (OSError, ValueError):  # no run, or killed while it began
             continue
         changed = changed_settings(before, now)
-        if rounds := [number for number in [before.get("num-server-rounds")] if number != now["num-server-rounds"]]:
-            changed["num-server-rounds"] = (rounds[0], now["num-server-rounds"])
+        if before.get(_ROUNDS) != now[_ROUNDS]:  # a run may be prolonged, a row has its length
+            changed[_ROUNDS] = before.get(_ROUNDS), now[_ROUNDS]
         if changed:
             text = "; ".join(f"{key}: {then!r}, now {value!r}" for key, (then, value) in changed.items())
             problems.append(f"{found}: begun with other settings ({text}); delete it, or use another --out")
