@@ -10,11 +10,18 @@ from typing import Any
 from fbl_flower.errors import ConfigError, RunFailed
 
 
+def check_no_folder(out: Path) -> None:
+    """Refuse a file to write, before any work, if it is a folder."""
+    if out.is_dir():
+        raise ConfigError([f"--out: {out} is a folder; give the name of a file"])
+
+
 def check_parent(out: Path | None) -> None:
     """Refuse a file to write, before any work, if it is a folder, or the folder that it is to lie in is not there."""
-    if out is not None and out.is_dir():
-        raise ConfigError([f"--out: {out} is a folder; give the name of a file"])
-    if out is not None and not out.parent.is_dir():
+    if out is None:
+        return
+    check_no_folder(out)
+    if not out.parent.is_dir():
         raise ConfigError([f"--out: no folder at {out.parent} for {out.name}; make it, or choose another"])
 
 
