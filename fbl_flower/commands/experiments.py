@@ -107,7 +107,7 @@ def identity(config: RunConfig, kind: str = "federation") -> dict[str, Value]:
 
 def _generates(config: RunConfig, kind: str) -> bool:
     fills = config.balancing.enabled and config.balancing.filling
-    wanted = kind == "synthetic-only" or (kind == "federation" and (fills or config.warm_start.enabled))
+    wanted = kind == "synthetic-only" or (kind == "federation" and (fills or config.warm_start.generates))
     return wanted and config.generator.name == "diffusion"
 
 

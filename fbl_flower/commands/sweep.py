@@ -210,7 +210,7 @@ def _what_it_needs(row: Row) -> RunConfig:
         return row.config
     balancing, warm_start = replace(row.config.balancing, enabled=False), replace(row.config.warm_start, enabled=False)
     if row.kind == "synthetic-only":
-        warm_start = replace(warm_start, enabled=True)
+        warm_start = replace(warm_start, enabled=True, images="synthetic")
     return replace(row.config, balancing=balancing, warm_start=warm_start)
 
 

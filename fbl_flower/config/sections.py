@@ -177,8 +177,19 @@ class AggregationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStartConfig:
-    """Ours, for every method: the server first trains the initial model on images of the public generator."""
+    """Ours, for every method: the server first trains the initial model, on images that are nobody's."""
 
-    enabled: bool = option(False, "start from a model trained on synthetic images")
+    enabled: bool = option(False, "start from a model that the server has trained")
+    images: str = option(
+        "synthetic",
+        "what it is trained on: images of the server's generator, or all public ones",
+        choices=("synthetic", "public"),
+    )
     num_images: int = option(0, "synthetic images; 0: as many as the clients have real ones together", low=0)
     epochs: int = option(20, "passes over them", low=1)
+    learning_rate: float = option(0.0, "step size of that training; 0: train.learning-rate", low=0.0)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the server needs a generator."""
+        return self.enabled and self.images == "synthetic"

@@ -99,6 +99,9 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
             f"balancing.filter: {b.filter!r} works at replays, on synthetic images: balancing.replay-period >= 1, and filling"
         )
         found.append((("balancing.filter", "balancing.replay-period", "balancing.filling"), text))
+    if config.warm_start.enabled and config.warm_start.images == "public" and config.warm_start.num_images:
+        text = f"warm-start.num-images: got {config.warm_start.num_images}; warm-start.images = 'public' takes all of them: 0"
+        found.append((("warm-start.num-images", "warm-start.images", "warm-start.enabled"), text))
     if g.name == "text-to-image" and not g.path:
         text = "generator.path: empty; text-to-image needs the directory that `fbl-flower generator quantize` made"
         found.append((("generator.name", "generator.path"), text))

@@ -17,6 +17,7 @@ from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, DataError, FBLError, GeneratorError
 from fbl_flower.generation.loading import check_generator, check_generator_files
 from fbl_flower.models import check_model
+from fbl_flower.training.central import public_examples
 from fbl_flower.training.roles import drawn_roles
 
 T = TypeVar("T")
@@ -51,14 +52,16 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
         labels = believed_labels(config, parts).numpy()
         attempt(partial(partition, labels, config))
         attempt(partial(scored_part, config.data, parts))
+        if config.warm_start.enabled and config.warm_start.images == "public":
+            attempt(partial(public_examples, parts))
         attempt(partial(check_model, config.model, image_size=parts.image_size))
     attempt(lambda: pick_device(config))
     somebody_fills = any(role.capability != "none" for role in drawn_roles(config))
-    needed = (config.balancing.enabled and config.balancing.filling and somebody_fills) or config.warm_start.enabled
+    needed = (config.balancing.enabled and config.balancing.filling and somebody_fills) or config.warm_start.generates
     generator_problems: list[str] = []
     if needed:
         generator_problems = check_generator(config, parts) if parts is not None else check_generator_files(config)
-    if generator_problems and not (clients_here or config.warm_start.enabled):
+    if generator_problems and not (clients_here or config.warm_start.generates):
         log(WARNING, "Not on this machine, and needed on each node that generates: %s", "; ".join(generator_problems))
         generator_problems = []
     settings = [problem for error in found if isinstance(error, ConfigError) for problem in error.problems]

@@ -153,7 +153,7 @@ class _Federation:
         """Make the initial model, and record how good it is as round 0."""
         config, info = self.config, self.parts.info
         if config.warm_start.enabled:
-            log(INFO, "Warm start: training the initial model on synthetic images")
+            log(INFO, "Warm start: training the initial model on %s images", config.warm_start.images)
             model = warm_start_model(config)
         else:
             model = new_classifier(config.model, channels=info.channels, num_classes=info.num_classes, seed=config.seed)

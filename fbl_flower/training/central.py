@@ -44,6 +44,17 @@ def train_centrally(config: RunConfig, parts: DataParts, examples: Examples, *, 
     return model
 
 
+def public_examples(parts: DataParts) -> Examples:
+    """Return the public images that are left to train on.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    if not len(parts.public):
+        raise ConfigError(["data.num-public: no public image is left to train on; raise it, or lower data.num-validation"])
+    return parts.public
+
+
 def synthetic_examples(config: RunConfig, parts: DataParts, *, num_images: int, purpose: str) -> Examples:
     """Generate class-balanced images for the server's own use, through the cache in `state-dir`."""
     labels = [i % parts.info.num_classes for i in range(num_images)]
@@ -54,11 +65,15 @@ def synthetic_examples(config: RunConfig, parts: DataParts, *, num_images: int, 
 
 
 def warm_start_model(config: RunConfig) -> Classifier:
-    """Train the initial model on images of the public generator (an option of ours, for every method)."""
-    parts = load_parts(config.data)
-    number = config.warm_start.num_images or len(parts.private)
-    examples = synthetic_examples(config, parts, num_images=number, purpose="warm-start")
-    return train_centrally(config, parts, examples, epochs=config.warm_start.epochs, seed=config.seed)
+    """Train the initial model on images that are nobody's, the generator's or the public ones (an option of ours, for every method)."""
+    parts, warm = load_parts(config.data), config.warm_start
+    if warm.images == "public":
+        examples = public_examples(parts)
+    else:
+        number = warm.num_images or len(parts.private)
+        examples = synthetic_examples(config, parts, num_images=number, purpose="warm-start")
+    settings = replace(config.train, learning_rate=warm.learning_rate or config.train.learning_rate)
+    return train_centrally(replace(config, train=settings), parts, examples, epochs=warm.epochs, seed=config.seed)
 
 
 def run_central(config: RunConfig, on: Literal["public", "synthetic"]) -> float:
@@ -70,11 +85,9 @@ def run_central(config: RunConfig, on: Literal["public", "synthetic"]) -> float:
     torch.set_num_threads(config.num_threads)
     parts = load_parts(config.data)
     if on == "public":
-        examples = parts.public
+        examples = public_examples(parts)
     else:
         examples = synthetic_examples(config, parts, num_images=len(parts.private), purpose="central")
-    if not len(examples):
-        raise ConfigError(["data.num-public: no public image is left to train on; raise it, or lower data.num-validation"])
     trained = rounded_up(config.fraction_train, config.num_clients) / config.num_clients  # share of the clients, in a round
     image_steps = config.num_server_rounds * config.train.epochs * trained * len(parts.private)
     model = train_centrally(config, parts, examples, epochs=max(1, round(image_steps / len(examples))), seed=config.seed)
