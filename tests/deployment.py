@@ -27,6 +27,7 @@ from fbl_flower.config import to_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOPBACK = "127.0.0.1"
+_PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
 _RESTART_PAUSE = 5.0  # seconds after which a node that ended is started again, as a supervisor such as systemd does
 
 
@@ -43,6 +44,8 @@ class Deployment:
     def __init__(self, folder: Path, environment: dict[str, str], *, num_nodes: int = 3, addresses: Sequence[str] = ()) -> None:
         self.folder, self.num_nodes = folder, num_nodes
         programs = str(Path(sys.executable).parent)
+        # gRPC sends what is not excepted through the proxy of the environment, which knows nothing of this machine's own networks.
+        environment = {key: value for key, value in environment.items() if key.lower() not in _PROXIES}
         self._environment = environment | {
             "PATH": programs + os.pathsep + environment["PATH"], "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         }  # fmt: skip
@@ -238,6 +241,28 @@ def wait_for(look: Callable[[], Any], seconds: float, what: str, explain: Callab
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}\n{explain()}"
         time.sleep(0.1)
     return found
+
+
+def carries(name: str, address: str, port: int) -> bool:
+    """Whether a process in the network namespace `name` reaches a port of this machine within half a minute."""
+    program = f"""
+import socket, time
+deadline = time.monotonic() + 30
+while True:
+    try:
+        socket.create_connection(({address!r}, {port}), 3).close()
+        break
+    except OSError:
+        if time.monotonic() > deadline:
+            raise
+        time.sleep(0.5)
+"""
+    return (
+        subprocess.run(
+            ["ip", "netns", "exec", name, sys.executable, "-c", program], check=False, capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 @contextlib.contextmanager
