@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,27 @@ def test_the_table_says_if_results_were_made_on_different_machines(tmp_path: Pat
         run_sweep(rows, (0, 1), out=out, num_jobs=1, start=succeed)
         said.append("Not all results were made alike: cpu in fp32; cuda in bf16." in (out / "table.md").read_text())
     assert said == [False, True]
+
+
+def test_the_last_five_rounds_by_hand(tmp_path: Path) -> None:
+    """Rounds 2 to 6 of 0.2, 0.3, ... 0.6 (0.1 more under seed 1): means 0.4 and 0.5, so 45 and sd sqrt(25 + 25) = 7.07."""
+
+    def start(job: Job) -> Done:
+        done = succeed(job)
+        by_round = {"0": 0.9, **{str(r): r / 10 + 0.1 * job.seed for r in range(1, 7)}}
+        job.result.write_text(json.dumps(json.loads(job.result.read_text()) | {"accuracy": by_round}))
+        return done
+
+    file, out = (
+        write_row(tmp_path, "1-a", 'title = "a"\nkind = "federation"\n[config]\nnum-server-rounds = 6\n'),
+        tmp_path / "out",
+    )
+    run_sweep(read_rows([file]), (0, 1), out=out, num_jobs=1, start=start)
+    head, _, row = (out / "table.md").read_text().splitlines()[:3]
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["mean of the last 5 rounds (%)"] == "45.00 ± 7.07" and cells["final accuracy (%)"] == "65.00 ± 7.07"
+    (line,) = csv.DictReader((out / "table.csv").open())
+    assert float(line["mean_last_5_rounds_percent"]) == pytest.approx(45)
 
 
 def test_one_seed_has_no_spread() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fbl_flower.reporting.results_pictures import Curve, accuracy_over_rounds_pi
 from fbl_flower.reporting.results_table import TableLine, as_csv, as_markdown
 
 Results = Mapping[int, Mapping[str, Any]]
+_SETTLED = 5  # rounds whose mean is shown beside the last one
 
 
 def write_table(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None:
@@ -41,6 +43,7 @@ def write_pictures(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None
     curves = [
         Curve(
             title=row.title,
+            group=row.name[:1],
             by_seed={seed: _by_round(result, "accuracy") for seed, result in _results(row, seeds, out).items()},
             federated=row.kind == "federation",
         )
@@ -48,7 +51,9 @@ def write_pictures(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None
     ]
     targets = {row.target for row in rows}
     target = targets.pop() if len(targets) == 1 else None
-    accuracy_over_rounds_picture(curves, out / "rounds.png", target=target, ylabel=f"{scored_on} accuracy (%)")
+    accuracy_over_rounds_picture(
+        curves, out / "rounds.png", num_seeds=len(seeds), target=target, ylabel=f"{scored_on} accuracy (%)"
+    )
 
 
 def table_lines(row: Row, seeds: Sequence[int], out: Path) -> list[TableLine]:
@@ -80,6 +85,9 @@ def table_lines(row: Row, seeds: Sequence[int], out: Path) -> list[TableLine]:
         line = {
             "rounds": "" if not federated else f"{number}" if number == last else f"{number} of {last}",
             "accuracies": {seed: result["accuracy"][str(number)] for seed, result in results.items()},
+            "settled": {seed: _settled(result, number) for seed, result in results.items()}
+            if federated and number >= _SETTLED
+            else {},
             "seconds": {},
             **whole,
         }
@@ -111,6 +119,12 @@ def _results(row: Row, seeds: Sequence[int], out: Path) -> Results:
 
 def _by_round(result: Mapping[str, Any], name: str) -> dict[int, float]:
     return {int(number): value for number, value in result.get(name, {}).items()}
+
+
+def _settled(result: Mapping[str, Any], last: int) -> float:
+    """Return the mean accuracy of five rounds, the last of which is given."""
+    by_round = _by_round(result, "accuracy")
+    return statistics.fmean(by_round[number] for number in range(last - _SETTLED + 1, last + 1))
 
 
 def _first_round(result: Mapping[str, Any], target: float) -> int | None:

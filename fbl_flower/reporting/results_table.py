@@ -17,6 +17,7 @@ class TableLine:
         title: What the reader sees.
         rounds: Rounds after which the accuracy was taken, such as "20" or "20 of 60"; empty without a federation.
         accuracies: By seed, 0 .. 1.
+        settled: By seed, the mean of the last five rounds up to then, 0 .. 1, which jumps less; empty where there are not as many.
         seconds: By seed, wall time of the whole run.
         command: Gives the line again.
         generator: Where synthetic images came from; empty where there are none.
@@ -33,6 +34,7 @@ class TableLine:
     seconds: Mapping[int, float]
     command: str
     generator: str = ""
+    settled: Mapping[int, float] = field(default_factory=dict)
     target: float | None = None
     to_target: Mapping[int, int | None] = field(default_factory=dict)
     bytes_to_target: Mapping[int, int] = field(default_factory=dict)
@@ -69,9 +71,15 @@ def as_markdown(lines: Sequence[TableLine], seeds: Sequence[int], *, scored_on: 
         ("row", [line.title for line in lines], True),
         ("synthetic images", [line.generator or "–" for line in lines], any(line.generator for line in lines)),
         ("rounds", [line.rounds or "–" for line in lines], True),
-        (" ".join(filter(None, ["final", scored_on, "accuracy (%)"])), [_summary(line, len(seeds)) for line in lines], True),
+        (
+            " ".join(filter(None, ["final", scored_on, "accuracy (%)"])),
+            [_summary(line.accuracies, len(seeds)) for line in lines],
+            True,
+        ),
     ]
     columns += [(f"seed {seed}", [_number(line.accuracies, [seed], 100, 2) for line in lines], True) for seed in seeds]
+    settled = [_summary(line.settled, len(seeds)) if line.settled else "–" for line in lines]
+    columns.append(("mean of the last 5 rounds (%)", settled, any(line.settled for line in lines)))
     has_target = any(line.target is not None for line in lines)
     columns += [
         ("target (%)", [f"{100 * line.target:g}" if line.to_target and line.target else "" for line in lines], has_target),
@@ -105,28 +113,32 @@ def as_csv(lines: Sequence[TableLine], seeds: Sequence[int]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     head = ["row", "rounds", "num_seeds", "mean_percent", "sd_percent", *(f"seed_{seed}_percent" for seed in seeds)]
     head += ["mean_seconds", "synthetic_images", "target_percent", "num_seeds_to_target", "mean_rounds_to_target"]
-    writer.writerow([*head, "mean_bytes_to_target", "mean_bytes_sent", "mean_wrong_kept_percent", "command"])
+    head += ["mean_bytes_to_target", "mean_bytes_sent", "mean_wrong_kept_percent", "mean_last_5_rounds_percent", "command"]
+    writer.writerow(head)
     for line in lines:
         per_seed = [100 * line.accuracies[seed] if seed in line.accuracies else None for seed in seeds]
         reached: float | str | None = _mean(line.reached) if line.reached else "not reached" if line.to_target else None
-        wrong = _mean(line.wrong_kept)
+        wrong, settled = _mean(line.wrong_kept), _mean(line.settled)
         writer.writerow(
             [
                 *(line.title, line.rounds, len(line.accuracies), line.mean, line.deviation, *per_seed),
                 *(_mean(line.seconds), line.generator, None if line.target is None else 100 * line.target),
                 *(len(line.reached) if line.to_target else None, reached, _mean(line.bytes_to_target), _mean(line.bytes_sent)),
-                *(None if wrong is None else 100 * wrong, line.command),
+                *(None if share is None else 100 * share for share in (wrong, settled)),
+                line.command,
             ]
         )
     return text.getvalue()
 
 
-def _summary(line: TableLine, num_seeds: int) -> str:
-    if line.mean is None:
+def _summary(by_seed: Mapping[int, float], num_seeds: int) -> str:
+    """Return mean ± sample standard deviation in percent, with the number of seeds if they are fewer than `num_seeds`."""
+    if not by_seed:
         return "not finished"
-    spread = f" ± {line.deviation:.2f}" if line.deviation is not None else ""
-    lacking = f" ({len(line.accuracies)} of {num_seeds} seeds)" if len(line.accuracies) < num_seeds else ""
-    return f"{line.mean:.2f}{spread}{lacking}"
+    percents = [100 * accuracy for accuracy in by_seed.values()]
+    spread = f" ± {statistics.stdev(percents):.2f}" if len(percents) > 1 else ""
+    lacking = f" ({len(percents)} of {num_seeds} seeds)" if len(percents) < num_seeds else ""
+    return f"{statistics.fmean(percents):.2f}{spread}{lacking}"
 
 
 def _to_target(line: TableLine) -> str:
