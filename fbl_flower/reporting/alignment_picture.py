@@ -104,7 +104,7 @@ def alignment_picture(
     rows = class_alignments(real, real_labels, synthetic, synthetic_labels, offsets, class_names)
     figure = new_figure(13.0, 5.2)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    figure.suptitle("Knowledge alignment: features of real and synthetic images, without and with P", fontsize=13)
+    figure.suptitle("Features of real and synthetic images, without and with the alignment vectors P", fontsize=13)
     if rows:
         _bars(left, rows)
         widest = sorted(rows, key=lambda row: -row.before)[:num_scattered]
@@ -127,11 +127,11 @@ def alignment_picture(
 
 def _bars(axes: Any, rows: Sequence[ClassAlignment]) -> None:
     place = np.arange(len(rows))
-    axes.bar(place - 0.2, [row.before for row in rows], 0.4, color=SYNTHETIC, label="before: F(synthetic)")
-    axes.bar(place + 0.2, [row.after for row in rows], 0.4, color=ALIGNED, label="after: F(synthetic) + P")
+    axes.bar(place - 0.2, [row.before for row in rows], 0.4, color=SYNTHETIC, label="without P: F(synthetic)")
+    axes.bar(place + 0.2, [row.after for row in rows], 0.4, color=ALIGNED, label="with P: F(synthetic) + P")
     before, after = np.mean([row.before for row in rows]), np.mean([row.after for row in rows])
     axes.set(
-        title=f"Distance of the class means: {before:.2f} before, {after:.2f} after (mean over classes)",
+        title=f"Distance of the class means: {before:.2f} without P, {after:.2f} with P",
         ylabel="distance to the mean real feature (feature units)",
         xlabel="class",
     )

@@ -78,6 +78,7 @@ def gallery(
     """
     shown = np.unique(np.linspace(0, len(class_names) - 1, min(len(class_names), max_classes)).round().astype(int))
     figure = new_figure(2 * per_class * 0.52 + 2.2, len(shown) * 0.58 + 1.1)
+    figure.set_layout_engine("constrained", rect=(0, 0.01, 0.99, 0.98))  # a margin: pictures would end at the edge
     rows = figure.subplots(len(shown), 2, squeeze=False)
     for row, label in zip(rows, shown, strict=True):
         for axes, examples in zip(row, (real, synthetic), strict=True):
@@ -128,7 +129,10 @@ def class_counts(before: np.ndarray, kept: np.ndarray, filled: np.ndarray, class
     handles = [Patch(facecolor=class_colour(c, len(class_names)), label=name) for c, name in enumerate(class_names)]
     if len(handles) > 20:
         handles = []  # a legend of hundreds hides the picture
-    handles += [Patch(facecolor="0.6", label="real"), Patch(facecolor="0.85", edgecolor="0.4", hatch="////", label="synthetic")]
+    handles += [
+        Patch(facecolor="white", edgecolor="0.4", label="real"),
+        Patch(facecolor="white", edgecolor="0.4", hatch="////", label="synthetic"),
+    ]
     figure.legend(handles=handles, loc="outside right center", frameon=False, title="class")
     figure.suptitle("Class counts of each client before and after balancing", fontsize=13)
     save(figure, path)
