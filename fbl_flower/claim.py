@@ -44,6 +44,15 @@ class Claim:
                 break
         self._handle = handle
 
+    @classmethod
+    def is_free(cls, folder: Path) -> bool:
+        """Whether no process has claimed a folder at this moment."""
+        try:
+            cls(folder, patience=0.0).release()
+        except StateError:
+            return False
+        return True
+
     def release(self) -> None:
         """Let others have it."""
         if self._handle is not None:

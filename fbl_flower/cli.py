@@ -146,7 +146,7 @@ def numbers(text: str) -> tuple[int, ...]:
     """Read whole numbers >= 0 between commas."""
     found = tuple(int(part) for part in text.split(","))
     if min(found) < 0 or len(set(found)) < len(found):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: whole numbers >= 0 between commas, each once")
     return found
 
 

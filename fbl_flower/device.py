@@ -30,7 +30,9 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     """
     if precision_on(device, precision) == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    # No cache of cast weights: it is the process's own, and another thread that leaves its context empties it. A layer that is used twice
+    # would then sum its gradients in bf16 or in fp32, by chance.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def precision_on(device: torch.device, precision: str) -> str:

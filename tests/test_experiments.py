@@ -175,7 +175,8 @@ def test_own_files_are_part_of_a_result_and_a_named_data_sets_place_is_not(tmp_p
         (tmp_path / name / "cat" / "1.png").write_bytes(b"12345678"[: len(name)])
     text = "data.name = 'folder'\ndata.path = '{0}'\ngenerator.name = 'public-images'"
     paths = {name: str(tmp_path / name) for name in ("one", "other")}
-    folder = write(tmp_path / "set", **{name: row_text(text.format(path)) for name, path in paths.items()})
+    rows = {name: row_text(text.format(path)).replace('"t"', f'"{name}"') for name, path in paths.items()}
+    folder = write(tmp_path / "set", **rows)
     one, other = read_rows([folder])
     assert experiments.twins([one, other]) == []
     stored = {"kind": "federation", "config": dict(one.identity)}

@@ -135,6 +135,14 @@ def test_after_the_deadline_no_batch_is_begun(tmp_path, monkeypatch):
     assert (tuple(nothing.images.shape), nothing.present.any().item()) == ((0, 2, 3, 5), False)
 
 
+@pytest.mark.parametrize(("deadline", "made"), [(1, 4), (2, 8), (3, 10)])
+def test_a_batch_that_would_end_too_late_is_not_begun(tmp_path, monkeypatch, deadline, made):
+    """Each batch of 4 takes a second: after n of them the clock says n, and another would end at n + 1."""
+    clock = iter(range(100))
+    monkeypatch.setattr("fbl_flower.generation.cache.time.monotonic", lambda: next(clock))
+    assert generate_cached(Counting(), ImageCache(tmp_path), [0] * 10, list(range(10)), deadline=deadline).num_generated == made
+
+
 def test_a_kill_loses_one_batch_at_most(tmp_path):
     cache = ImageCache(tmp_path)
     with pytest.raises(KeyboardInterrupt):

@@ -32,6 +32,15 @@ def small(tmp_path: Path, **overrides: Any) -> Settings:
     return quick(tmp_path, data__num_private=120, fedgen__steps=5, **overrides)
 
 
+def test_clients_that_train_at_the_same_time_do_not_change_each_others_rounding(tmp_path: Path) -> None:
+    """FedGen uses the head twice in a step: with torch's cache of cast weights, its gradient would be summed in bf16 or in fp32, by chance."""
+    settings = quick(
+        tmp_path, method__name="fedgen", fraction_train=1.0, balancing__enabled=False, train__precision="bf16", train__epochs=2
+    )
+    models = {(run_local(settings, workers=n).run_dir / "model.safetensors").read_bytes() for n in (1, 2, 2, 2)}
+    assert len(models) == 1
+
+
 def results(run_dir: Path) -> tuple[bytes, bytes]:
     """Return the metrics but for the bytes that travelled, which methods do not have in common, and the model."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -84,13 +84,17 @@ def test_shares_are_rounded_together() -> None:
         (
             {"clients__methods": "fedsgd=0.1"},
             "clients.methods: got 'fedsgd=0.1'; allowed: method=share between commas, methods fedavg | fedprox | moon | scaffold | "
-            "fedgen, shares 0 .. 1",
+            "fedgen, each once, shares 0 .. 1",
         ),
         ({"clients__methods": "moon=1.5"}, "clients.methods: got 'moon=1.5'; allowed: method=share between commas"),
         ({"clients__methods": "moon=nan"}, "clients.methods: got 'moon=nan'; allowed"),
         ({"clients__methods": "moon"}, "clients.methods: got 'moon'; allowed"),
         ({"clients__methods": "moon=0.2,"}, "clients.methods: got ''; allowed"),
-        ({"clients__methods": "moon=0.2, moon=0.1"}, "clients.methods: got 'moon' twice; give each method one share"),
+        ({"clients__methods": "moon=0.2, moon=0.1"}, "clients.methods: got 'moon' twice; allowed"),
+        (
+            {"clients__methods": "foo=0.3, moon=2, scaffold"},
+            "clients.methods: got 'foo=0.3', got 'moon=2', got 'scaffold'; allowed",
+        ),
         (
             {"clients__methods": "moon=0.6, fedprox=0.6"},
             "clients.methods: the shares sum to 1.2; allowed: at most 1, and the rest is method.name",

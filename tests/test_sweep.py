@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fbl_flower.claim import Claim
 from fbl_flower.commands import sweep
 from fbl_flower.commands.experiments import read_rows
 from fbl_flower.commands.sweep import Job, default_out, run_sweep
+from fbl_flower.commands.sweep_job import LEFT, folder_of_runs
 from fbl_flower.commands.sweep_table import source_of_synthetic, table_lines, write_pictures
 from fbl_flower.config import flatten
 from fbl_flower.errors import ConfigError
@@ -162,6 +164,64 @@ def test_a_sweep_of_one_row_adds_to_the_table(tmp_path: Path, monkeypatch: pytes
     ]  # fmt: skip
     # with other settings, what is there is of another table
     assert [line[0] for line in table_after(files[1], seeds=(0,), **{"data.alpha": 0.7})] == ["row", "2-row"]
+
+
+def test_a_result_of_other_settings_is_no_seed_of_the_row(tmp_path: Path) -> None:
+    """Seed 1 was run before the row's file was changed, and is not asked for: the mean is that of seed 0 alone, 50."""
+    out = tmp_path / "out"
+    text = 'title = "A"\nkind = "federation"\n[config]\nnum-server-rounds = 2\ntrain.learning-rate = {}\n'
+    run_sweep(read_rows([write_row(tmp_path, "1-a", text.format(0.05))]), (0, 1), out=out, num_jobs=1, start=succeed)
+    (out / "1-a" / "0.json").unlink()
+    rows = read_rows([write_row(tmp_path, "1-a", text.format(0.5))])
+    run_sweep(rows, (0,), out=out, num_jobs=1, start=succeed)
+    (*_, line) = table_lines(rows[0], (0, 1), out)
+    assert line.accuracies == {0: 0.5}
+
+
+def test_what_another_sweep_runs_is_taken_up_again_if_it_does_not_finish(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another sweep finishes the first row while this one waits, and is killed in the second."""
+    rows, out = (
+        read_rows([write_row(tmp_path, "1-a"), write_row(tmp_path, "2-b"), write_row(tmp_path, "3-c")]),
+        tmp_path / "out",
+    )
+    folders = [folder_of_runs(out / row.name / "0.json") for row in rows[:2]]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    others = [Claim(folder, patience=0.0) for folder in folders]
+    started: list[str] = []
+
+    def start(job: Job) -> Done:
+        started.append(job.row.name)
+        if job.row.name == "3-c":
+            for row, claim in zip(rows, others, strict=False):
+                if row.name == "1-a":
+                    succeed(Job(row=row, seed=0, result=out / row.name / "0.json"))
+                claim.release()
+        elif not Claim.is_free(folder_of_runs(job.result)):
+            return Done(LEFT)
+        return succeed(job)
+
+    assert run_sweep(rows, (0,), out=out, num_jobs=1, start=start) == []
+    assert sorted(started) == ["1-a", "1-a", "2-b", "2-b", "3-c"]
+    printed = capsys.readouterr().out
+    assert printed.count("another sweep is running it") == 2 and "failed" not in printed
+
+
+def test_rows_of_the_same_title_are_refused(tmp_path: Path) -> None:
+    for n in (1, 2):
+        write_row(tmp_path, f"{n}-row", f'title = "A"\nkind = "federation"\n[config]\ndata.alpha = 0.{n}\n')
+    with pytest.raises(ConfigError, match=r"2-row.toml: has the title of .*1-row.toml, 'A'"):
+        sweep.sweep_command(files=[tmp_path], seeds=(0,), num_jobs=1, out=tmp_path / "out")
+
+
+def test_broken_files_and_data_that_is_missing_are_named_together(tmp_path: Path) -> None:
+    write_row(tmp_path, "1-broken", "title =")
+    write_row(tmp_path, "2-empty", 'title = "2"\nkind = "federation"\n[config]\ndata.name = "folder"\ndata.path = "nowhere"\n')
+    with pytest.raises(ConfigError) as caught:
+        sweep.sweep_command(files=[tmp_path], seeds=(0,), num_jobs=1, out=tmp_path / "out")
+    assert "1-broken.toml" in str(caught.value) and "2-empty.toml" in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_rows_that_a_setting_makes_the_same_are_refused(tmp_path: Path) -> None:

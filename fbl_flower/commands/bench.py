@@ -25,7 +25,7 @@ import torch
 
 from fbl_flower.commands.generator import configuration_of
 from fbl_flower.commands.job_memory import memory_of
-from fbl_flower.commands.json_file import check_parent, write_json
+from fbl_flower.commands.json_file import check_place, write_json
 from fbl_flower.config import RunConfig, flatten, parse_config
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import concatenate
@@ -76,9 +76,9 @@ def bench_generator(
 
     Raises:
         ConfigError: `out` has no folder to lie in.
-        RunFailed: A task failed without any limit.
+        RunFailed: A task failed without any limit, or `out` cannot be written.
     """
-    check_parent(out)
+    check_place(out)
     parts = load_parts(config.data)
     found = []
     for count, limit in ((threads, 0), *((1, limit) for limit in _SMALL_BOARDS_MB)):
@@ -96,10 +96,10 @@ def bench_generator(
         "measurements": [asdict(one) for one in found],
         "config": flatten(config),
     }
+    if tell:
+        print(as_markdown(found, num_images=num_images, epoch_images=epoch_images), flush=True)
     if out is not None:
         write_json(out, report)
-    if tell:
-        print(as_markdown(found, num_images=num_images, epoch_images=epoch_images))
     return found
 
 

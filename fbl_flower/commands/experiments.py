@@ -134,6 +134,20 @@ def read_rows(
     Raises:
         ConfigError: Lists everything that is wrong in any of the files.
     """
+    rows, problems = check_rows(paths, size=size, overrides=overrides, target=target)
+    if problems:
+        raise ConfigError(problems)
+    return rows
+
+
+def check_rows(
+    paths: Sequence[Path],
+    *,
+    size: str | None = None,
+    overrides: Mapping[str, Value] | None = None,
+    target: float | None = None,
+) -> tuple[list[Row], list[str]]:
+    """Read rows as `read_rows` does; return those that are right, and everything that is wrong with the others."""
     problems: list[str] = []
     files: list[Path] = []
     for path in paths:
@@ -157,9 +171,7 @@ def read_rows(
         problems.append(
             "data.evaluate-on: some rows are scored on test images and others on validation; give them to two sweeps"
         )
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))  # a base's problem is one, however many rows share it
-    return rows
+    return rows, list(dict.fromkeys(problems))  # a base's problem is one, however many rows share it
 
 
 def read_beside(
@@ -175,10 +187,17 @@ def read_beside(
 
 
 def twins(rows: Sequence[Row]) -> list[str]:
-    """Name rows that ask for the same, as happens where the command line sets what makes the difference between two."""
+    """Name rows of the same title, and those that ask for the same, as happens where the command line sets what makes the difference between two."""
     first: dict[str, Row] = {}
+    titles: dict[str, Row] = {}
+    named = [(titles.setdefault(row.title, row), row) for row in rows]
+    same_title = [
+        f"{row.file}: has the title of {one.file}, {row.title!r}; lines of a table need titles of their own"
+        for one, row in named
+        if one is not row
+    ]
     pairs = [(first.setdefault(repr((row.kind, row.identity)), row), row) for row in rows]
-    return [
+    return same_title + [
         f"{row.file}: asks for the same as {one.file}, so that one of their titles is wrong; leave one out, or change the settings (-c)"
         for one, row in pairs
         if one is not row

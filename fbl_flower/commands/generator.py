@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fbl_flower.commands.json_file import check_no_folder, unwritable_file
+from fbl_flower.commands.json_file import check_place, unwritable_file
 from fbl_flower.commands.overrides import read_overrides
 from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.data.datasets import load_parts
@@ -74,7 +74,7 @@ def draw_gallery(options: argparse.Namespace) -> None:
     config = configuration_of(options, folder=options.folder)
     parts = load_parts(config.data)
     torch.set_num_threads(options.threads)
-    check_no_folder(options.out)
+    check_place(options.out, make_folder=True)
     names = parts.info.class_names
     labels = [label for label in range(len(names)) for _ in range(_GALLERY)]
     seeds = [derive(config.seed, "gallery", place) for place in range(len(labels))]

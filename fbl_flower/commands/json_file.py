@@ -10,19 +10,31 @@ from typing import Any
 from fbl_flower.errors import ConfigError, RunFailed
 
 
-def check_no_folder(out: Path) -> None:
-    """Refuse a file to write, before any work, if it is a folder."""
-    if out.is_dir():
-        raise ConfigError([f"--out: {out} is a folder; give the name of a file"])
+def check_place(out: Path | None, *, make_folder: bool = False) -> None:
+    """Refuse a file to write, now and not after the work, if it is a folder, or nothing can be written where it is to lie.
 
+    Args:
+        out: The file; None: none is wanted.
+        make_folder: Make the folder that it is to lie in, if it is not there.
 
-def check_parent(out: Path | None) -> None:
-    """Refuse a file to write, before any work, if it is a folder, or the folder that it is to lie in is not there."""
+    Raises:
+        ConfigError: It is a folder, or has none to lie in.
+        RunFailed: That may not be written.
+    """
     if out is None:
         return
-    check_no_folder(out)
-    if not out.parent.is_dir():
-        raise ConfigError([f"--out: no folder at {out.parent} for {out.name}; make it, or choose another"])
+    if out.is_dir():
+        raise ConfigError([f"--out: {out} is a folder; give the name of a file"])
+    part = _part(out)
+    try:
+        if make_folder:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        if not out.parent.is_dir():
+            raise ConfigError([f"--out: no folder at {out.parent} for {out.name}; make it, or choose another"])
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise unwritable_file(out, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -31,13 +43,17 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         RunFailed: The disk is full, or may not be written; nothing is left behind.
     """
-    part = path.with_name(path.name + ".part")
+    part = _part(path)
     try:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise unwritable_file(path, error) from error
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def unwritable_file(path: Path, error: OSError) -> RunFailed:

@@ -13,7 +13,7 @@ import torch
 
 from fbl_flower.commands.bench import measure
 from fbl_flower.commands.generator import configuration_of, size_of
-from fbl_flower.commands.json_file import check_parent, write_json
+from fbl_flower.commands.json_file import check_place, write_json
 from fbl_flower.config import RunConfig
 from fbl_flower.data.batches import to_float
 from fbl_flower.data.datasets import DataParts, load_parts
@@ -33,7 +33,7 @@ def quality(options: argparse.Namespace) -> None:
     """Measure generators; print a table for each, and one that compares them."""
     folders = options.folders or [None]
     configs = [configuration_of(options, folder=folder) for folder in folders]
-    check_parent(options.out)
+    check_place(options.out)
     if options.epochs < 1:
         raise ConfigError([f"--epochs: got {options.epochs}; allowed: whole number >= 1"])
     parts = load_parts(configs[0].data)

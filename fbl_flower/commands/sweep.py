@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fbl_flower.commands.experiments import Row, read_beside, read_rows, twins
+from fbl_flower.claim import Claim
+from fbl_flower.commands.experiments import Row, check_rows, read_beside, twins
 from fbl_flower.commands.job_memory import MemoryGate
-from fbl_flower.commands.sweep_job import unfinished_otherwise
+from fbl_flower.commands.sweep_job import LEFT, folder_of_runs, unfinished_otherwise
 from fbl_flower.commands.sweep_table import write_pictures, write_table
 from fbl_flower.config import RunConfig, Value
 from fbl_flower.errors import ConfigError, FBLError
@@ -82,9 +83,9 @@ def sweep_command(
 
     if num_jobs < 1:
         raise ConfigError([f"--jobs: got {num_jobs}; allowed: whole number >= 1"])
-    rows = read_rows(files, size=size, overrides=overrides, target=target)
+    rows, problems = check_rows(files, size=size, overrides=overrides, target=target)
     rows = [replace(row, notes=(note, *row.notes)) for row in rows] if note else rows
-    problems = twins(rows)
+    problems += twins(rows)
     for row in rows:
         try:
             preflight(_what_it_needs(row))
@@ -137,6 +138,8 @@ def run_sweep(
 
     Raises:
         ConfigError: A result there was made, or a run begun, with other settings; or a result is damaged.
+
+    A job that another sweep is running is left to it, and taken up at the end if that sweep did not finish it.
     """
     jobs = [Job(row=row, seed=seed, result=out / row.name / f"{seed}.json") for seed in seeds for row in rows]
     problems = [problem for job in jobs for problem in (_stale(job) if job.result.exists() else _begun_otherwise(job))]
@@ -144,24 +147,32 @@ def run_sweep(
         raise ConfigError(problems)
     waiting = [job for job in jobs if not job.result.exists()]
     failed: list[Job] = []
+    left: list[Job] = []
     running: list[tuple[Job, Process]] = []
     start = start or _start
     gate = MemoryGate([peak for job in jobs if job.result.exists() and (peak := _result(job).get("peak_bytes"))])
     try:
-        while waiting or running:
+        while waiting or running or left:
+            if left and not waiting and not running:
+                waiting = [job for job in left if job.result.exists() or Claim.is_free(folder_of_runs(job.result))]
+                left = [job for job in left if job not in waiting]
             while waiting and len(running) < num_jobs and gate.may_start([process.pid for _, process in running]):
                 job = waiting.pop(0)
                 running.append((job, start(job)))
             ended = [(job, process) for job, process in running if process.poll() is not None]
             running = [entry for entry in running if entry not in ended]
-            for job, _ in ended:
+            for job, process in ended:
+                if process.poll() == LEFT and not job.result.exists():
+                    print(f"{job.row.name}, seed {job.seed}: another sweep is running it", flush=True)
+                    left.append(job)
+                    continue
                 if not job.result.exists():
                     failed.append(job)
                 elif peak := _result(job).get("peak_bytes"):
                     gate.learn(peak)
                 print(f"{job.row.name}, seed {job.seed}: {_outcome(job)}; {len(waiting)} to start", flush=True)
                 write_table(*whole_table(rows, seeds, out=out, known=known), out)
-            if running and not ended:
+            if (running or left) and not ended:
                 time.sleep(_POLL_S)
     finally:
         for _, process in running:
@@ -253,7 +264,7 @@ def _stale(job: Job) -> list[str]:
 
 def _begun_otherwise(job: Job) -> list[str]:
     """Say why a run that was killed cannot be gone on with for its job."""
-    return unfinished_otherwise(job.row, job.seed, job.result.parent / "runs" / str(job.seed))
+    return unfinished_otherwise(job.row, job.seed, folder_of_runs(job.result))
 
 
 def _outcome(job: Job) -> str:

@@ -27,6 +27,7 @@ from fbl_flower.device import pick_device, precision_on
 from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
 
 _PATIENCE = 5.0  # seconds for a job whose sweep was killed to end
+LEFT = 3  # exit code of a job that another process is running
 _ROUNDS = "num-server-rounds"
 _BYTES = ("bytes_to_clients", "bytes_from_clients")
 
@@ -66,6 +67,11 @@ def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
         **measured,
         "config": row.identity | {"seed": seed},
     }
+
+
+def folder_of_runs(result: Path) -> Path:
+    """Return the folder in which a job keeps its run until its result is written."""
+    return result.parent / "runs" / result.stem
 
 
 def unfinished_otherwise(row: Row, seed: int, keep: Path) -> list[str]:
@@ -158,17 +164,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     out: Path = options.out
-    keep = out.parent / "runs" / str(options.seed)
+    keep = folder_of_runs(out)
     keep.mkdir(parents=True, exist_ok=True)
     try:
         claim = Claim(keep, patience=_PATIENCE)
     except StateError:
-        print(f"failed: another process runs this row under seed {options.seed} in {keep}; wait for its end or stop it")
-        return 1
+        print(f"left: another process runs this row under seed {options.seed} in {keep}")
+        return LEFT
     if out.exists():  # it ended just now
         claim.release()
-        print(f"failed: another process has written {out}; run the sweep again to see it")
-        return 1
+        return 0
     try:
         row = read_rows([options.row], size=options.size, overrides=options.overrides)[0]
         if problems := unfinished_otherwise(row, options.seed, keep):

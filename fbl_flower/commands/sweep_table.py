@@ -113,8 +113,10 @@ def source_of_synthetic(row: Row) -> str:
 
 
 def _results(row: Row, seeds: Sequence[int], out: Path) -> Results:
+    """Return the results that are there, by seed; one that was made with other settings is another row's."""
     files = {seed: out / row.name / f"{seed}.json" for seed in seeds}
-    return {seed: json.loads(file.read_text(encoding="utf-8")) for seed, file in files.items() if file.exists()}
+    there = {seed: json.loads(file.read_text(encoding="utf-8")) for seed, file in files.items() if file.exists()}
+    return {seed: result for seed, result in there.items() if not row.differences(result)}
 
 
 def _by_round(result: Mapping[str, Any], name: str) -> dict[int, float]:

@@ -73,8 +73,9 @@ def method_shares(text: str) -> list[tuple[str, float]]:
     """Read `clients.methods`: (method, share) in the order given; none if the text is blank.
 
     Raises:
-        ValueError: One sentence that names the key, what was got and what is allowed.
+        ValueError: Names the key, all that is wrong, and what is allowed.
     """
+    problems: list[str] = []
     shares: list[tuple[str, float]] = []
     for item in text.split(",") if text.strip() else ():
         name, separator, number = (part.strip() for part in item.partition("="))
@@ -83,13 +84,16 @@ def method_shares(text: str) -> list[tuple[str, float]]:
         except ValueError:
             share = math.nan
         if not separator or name not in METHODS or not 0 <= share <= 1:
-            raise ValueError(
-                f"clients.methods: got {item.strip()!r}; allowed: method=share between commas, methods {' | '.join(METHODS)}, "
-                "shares 0 .. 1"
-            )
-        if name in dict(shares):
-            raise ValueError(f"clients.methods: got {name!r} twice; give each method one share")
-        shares.append((name, share))
+            problems.append(f"got {item.strip()!r}")
+        elif name in dict(shares):
+            problems.append(f"got {name!r} twice")
+        else:
+            shares.append((name, share))
+    if problems:
+        raise ValueError(
+            f"clients.methods: {', '.join(problems)}; allowed: method=share between commas, methods {' | '.join(METHODS)}, each once, "
+            "shares 0 .. 1"
+        )
     if (total := sum(share for _, share in shares)) > 1 + 1e-9:
         raise ValueError(f"clients.methods: the shares sum to {total:g}; allowed: at most 1, and the rest is method.name")
     return shares

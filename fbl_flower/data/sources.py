@@ -140,7 +140,8 @@ def _read(config: DataConfig, path: Path | None, wanted: ImageFormat) -> Source:
         case "tiny-imagenet":
             return read_tiny_imagenet(path, wanted)
         case "eurosat":
-            inner = next((p for p in (path / "eurosat" / "2750", path / "2750") if p.is_dir()), path)
+            layouts = ("eurosat/2750", "EuroSAT/2750", "2750", "EuroSAT_RGB")  # of torchvision, and of the archives
+            inner = next((p for layout in layouts if (p := path / layout).is_dir()), path)
             return read_folder(inner, wanted)
         case "fashion-mnist":
             return read_fashion_mnist(path, wanted)

@@ -53,17 +53,18 @@ def _discreet(handler: Handler) -> Handler:
         try:
             return handler(message, context)
         except Exception as error:
-            log_file = _state_dir(context) / "client-errors.log"
+            log_file, details = _state_dir(context) / "client-errors.log", ""
             try:
                 log_file.parent.mkdir(parents=True, exist_ok=True)
                 with log_file.open("a") as file:
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {traceback.format_exc()}\n")
+                details = f"; the client's {log_file} has the details"
             except OSError:
                 pass  # a full or read-only disk must not hide the reason from the server
             reason = error.public if isinstance(error, FBLError) else type(error).__name__
             if isinstance(error, OSError) and error.strerror:
                 reason += f" ({error.strerror})"  # such as a full disk; never its path
-            return Message(Error(CLIENT_FAILED, f"{reason}; the client's {log_file} has the details"), reply_to=message)
+            return Message(Error(CLIENT_FAILED, reason + details), reply_to=message)
 
     return guarded
 
@@ -213,7 +214,7 @@ def _client_data(config: RunConfig, request: Request, context: Context, capabili
     data = _prepared(config, request.client, _state_dir(context), own_folder, capability, may_generate)
     if data.unfilled > 0 and may_generate:
         spent.parent.mkdir(parents=True, exist_ok=True)
-        spent.touch()
+        spent.write_text(f"{data.unfilled:.4f} of the synthetic images are missing: generator.time-budget ran out\n")
     return data
 
 
@@ -247,9 +248,7 @@ def _prepared(
             capability=capability,
             may_generate=may_generate,
         )
-    if data.unfilled == 0:
-        readiness.done()
-    elif may_generate:
+    if data.unfilled > 0 and may_generate:
         _log.warning(
             "client %d: %.0f %% of its synthetic images are missing: generator.time-budget ran out; real ones stay instead, and "
             "the next run goes on",

@@ -111,7 +111,8 @@ def generate_cached(
         cache: Where to look, and to store.
         labels, seeds: Of the same length; a pair that comes twice is made once.
         progress: Is called after each batch with the images made and those to make in this call.
-        deadline: Reading of `time.monotonic()` from which on no batch is begun; what is missing then is left out.
+        deadline: Reading of `time.monotonic()` that no batch should pass: one is begun only if as long as the last one took is left, the
+            first if any time is. What is missing then is left out.
 
     Raises:
         GeneratorError: As `generator.generate`, or the cache's folder cannot be used.
@@ -130,8 +131,10 @@ def generate_cached(
         else:
             found[pair] = image
     num_generated = 0
-    while num_generated < len(missing) and time.monotonic() < deadline:
-        batch = missing[num_generated : num_generated + generator.batch_size]
+    size = generator.batch_size if missing else 0  # loads the model, where that was put off: before the clock is looked at
+    now, last = time.monotonic(), 0.0
+    while num_generated < len(missing) and now < deadline and now + last <= deadline:
+        batch = missing[num_generated : num_generated + size]
         images = generator.generate([label for label, _ in batch], [seed for _, seed in batch])
         for pair, image in zip(batch, images, strict=True):
             cache.put(generator.fingerprint, *pair, image)
@@ -139,6 +142,9 @@ def generate_cached(
         num_generated += len(batch)
         if progress:
             progress(num_generated, len(missing))
+        size = generator.batch_size  # memory may have become short
+        before, now = now, time.monotonic()
+        last = now - before
     present = [pair in found for pair in pairs]
     there = [found[pair] for pair in pairs if pair in found]
     return Generated(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,20 @@ def class_of(name: str) -> Any:
     return found
 
 
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Leave out what the hub's client says of each retry, and its advice: what failed in the end is an error of ours."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="huggingface_hub")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
 def read_source(
     source: str, component: str | None, class_name: str, *, revision: str | None = None, dtype: torch.dtype | None = None
 ) -> Any:
@@ -58,16 +75,18 @@ def read_source(
     if component:
         arguments["subfolder"] = component
     try:
-        if dtype is None:
-            return cls.from_pretrained(source, **arguments)
-        if issubclass(cls, _diffusers_model()):
-            arguments["torch_dtype"] = dtype
-        model, report = cls.from_pretrained(source, **arguments, use_safetensors=True, output_loading_info=True)
+        with quiet_hub():
+            if dtype is None:
+                return cls.from_pretrained(source, **arguments)
+            if issubclass(cls, _diffusers_model()):
+                arguments["torch_dtype"] = dtype
+            model, report = cls.from_pretrained(source, **arguments, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # both libraries and the hub's client raise whatever they like
+        # Without a network they end by missing a file in their cache, which is not what is wrong.
+        cause = _short(error) if Path(source).is_dir() else "no such model there, no access, or no network"
         raise GeneratorError(
-            f"quantize: {where} cannot be loaded as {class_name} from safetensors ({_short(error)})"
-            + ("" if Path(source).is_dir() else "; there is no such model, no access, or no network")
-            + "; correct the source, or download it and give the directory"
+            f"quantize: {where} cannot be loaded as {class_name} from safetensors ({cause}); correct the source, or download it and give "
+            "the directory"
         ) from error
     if missing := sorted(report["missing_keys"]):  # both libraries would leave them at random, with a warning
         raise GeneratorError(

@@ -13,7 +13,15 @@ from typing import Any
 
 from fbl_flower.device import return_freed_memory
 from fbl_flower.errors import GeneratorError
-from fbl_flower.generation.components import DTYPE, FLOAT_LAYERS, class_of, num_parameters, read_source, save_component
+from fbl_flower.generation.components import (
+    DTYPE,
+    FLOAT_LAYERS,
+    class_of,
+    num_parameters,
+    quiet_hub,
+    read_source,
+    save_component,
+)
 from fbl_flower.generation.new_folder import new_folder, unwritable
 from fbl_flower.generation.recipe import file_sha256
 from fbl_flower.generation.text_to_image_recipe import COMPONENTS, DTYPES, WEIGHTS, PipelineInfo, write_pipeline_info
@@ -187,7 +195,8 @@ def _read_index(source: str, revision: str | None) -> tuple[dict[str, str], str 
     if local and revision:
         raise GeneratorError(f"quantize: --revision: got {revision!r}; the directory {source} has no revisions; leave it out")
     try:
-        index, commit = DiffusionPipeline.load_config(source, revision=revision, return_commit_hash=True)
+        with quiet_hub():
+            index, commit = DiffusionPipeline.load_config(source, revision=revision, return_commit_hash=True)
     except Exception as error:  # the hub's client raises many kinds
         if local:
             raise GeneratorError(

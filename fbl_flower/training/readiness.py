@@ -20,7 +20,7 @@ from fbl_flower.generation.loading import check_generator, generator_folder
 _BLOCK = 4096  # bytes that a small file takes on most disks
 _HEADER = 64
 _MIB = 2**20
-# A fill follows from these: whoever prepared once with the same ones needs no more space.
+# A fill follows from these: who had room for all of it once, and was stopped half-way, needs no more than the rest.
 _DECISIVE = ("seed", "num-clients", "data.", "balancing.", "generator.")
 
 
@@ -65,7 +65,7 @@ class Readiness:
         """Check the generator's files, and the disk's space for the fill.
 
         The space is that of N_k images, the most that a client can lack (rich ones: N_k of each class). Neither the answer nor
-        the number tells what it does lack.
+        the number tells what it does lack. It is asked for once: a disk that fills up later is an error of the image that it has no room for.
 
         Raises:
             GeneratorError: The generator is missing or does not fit.
@@ -87,9 +87,9 @@ class Readiness:
                 f"state-dir: too little space on the disk of {folder}: {numbers}; free some, or set state-dir in the node config",
                 public=f"its disk has too little space: {numbers}",
             )
+        self._remember()
 
-    def done(self) -> None:
-        """Remember that the client is prepared."""
+    def _remember(self) -> None:
         with contextlib.suppress(OSError):  # it only saves a check
             self._mark.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self._mark, os.O_CREAT, 0o600))

@@ -44,10 +44,9 @@ def read_folder(path: Path, wanted: ImageFormat) -> Source:
     number = {name: label for label, name in enumerate(names)}
     for directory in (directory for found in classes for directory in found):
         if directory.name not in number:
+            way_out = "give the folder that holds these" if wanted.native else "add it to data.classes or move it"
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            raise DataError(
-                f"data.path: the directory {directory} is none of the classes {shown}; add it to data.classes or move it"
-            )
+            raise DataError(f"data.path: the directory {directory} is none of the classes {shown}; {way_out}")
     for directory in (directory for found in classes for directory in found):
         if deeper := next((inner for inner in _directories(directory) if any(map(_is_image, inner.rglob("*")))), None):
             raise DataError(
