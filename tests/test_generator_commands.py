@@ -96,6 +96,9 @@ def test_a_gallery_that_cannot_be_written_leaves_the_one_before(
     assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
     monkeypatch.undo()
     assert main([*command[:-1], str(tmp_path)]) == 2 and f"--out: {tmp_path} is a folder" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*command[:-1], str(tmp_path / "file" / "x.png")]) == 1
+    assert f"{tmp_path / 'file' / 'x.png'} cannot be written" in capsys.readouterr().err
 
 
 def test_public_images_are_measured_under_their_own_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from fbl_flower.data.datasets import load_parts
 from fbl_flower.errors import DataError, GeneratorError, RunFailed
 from fbl_flower.federation import client
 from fbl_flower.federation.local import run_local
+from fbl_flower.generation.cache import ImageCache
 from fbl_flower.training import prepare
 from fbl_flower.training.prepare import client_examples
 from fbl_flower.training.readiness import Readiness, explained, fill_bytes
@@ -82,6 +83,26 @@ def test_who_is_prepared_needs_no_more_space(tmp_path: Path, monkeypatch: pytest
         RunFailed, match=r"client 0: its disk has too little space: 0\.\d MiB needed for \d+ images, 0\.0 MiB free"
     ):
         run_local(settings | {"seed": 1})  # other images to generate
+
+
+def test_who_was_stopped_half_way_needs_no_room_for_all_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = quick(tmp_path)
+    put, made = ImageCache.put, list[object]()
+
+    def killed(self: ImageCache, *args: Any) -> None:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(args)
+        put(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageCache, "put", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_local(settings)
+    client._prepared.cache_clear()
+    with_free(monkeypatch, 0)
+    reasons = run_local(settings).summary["not_prepared"]
+    assert "0" not in reasons and len(made) == 3
 
 
 def test_a_client_that_does_not_fill_needs_neither_space_nor_a_generator(
