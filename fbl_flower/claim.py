@@ -51,6 +51,8 @@ class Claim:
             cls(folder, patience=0.0).release()
         except StateError:
             return False
+        except FileNotFoundError:  # whoever had it is done with it, and has removed it
+            return True
         return True
 
     def release(self) -> None:
