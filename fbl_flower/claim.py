@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -48,11 +49,10 @@ class Claim:
     def is_free(cls, folder: Path) -> bool:
         """Whether no process has claimed a folder at this moment."""
         try:
-            cls(folder, patience=0.0).release()
+            with contextlib.suppress(FileNotFoundError):  # whoever had it is done with it, and has removed it
+                cls(folder, patience=0.0).release()
         except StateError:
             return False
-        except FileNotFoundError:  # whoever had it is done with it, and has removed it
-            return True
         return True
 
     def release(self) -> None:

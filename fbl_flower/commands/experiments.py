@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -187,21 +187,23 @@ def read_beside(
 
 
 def twins(rows: Sequence[Row]) -> list[str]:
-    """Name rows of the same title, and those that ask for the same, as happens where the command line sets what makes the difference between two."""
-    first: dict[str, Row] = {}
-    titles: dict[str, Row] = {}
-    named = [(titles.setdefault(row.title, row), row) for row in rows]
-    same_title = [
+    """Name rows of the same title, and those that ask for the same, as happens where the command line sets what differs between two."""
+    titles = _pairs(rows, lambda row: row.title)
+    settings = _pairs(rows, lambda row: repr((row.kind, row.identity)))
+    return [
         f"{row.file}: has the title of {one.file}, {row.title!r}; lines of a table need titles of their own"
-        for one, row in named
-        if one is not row
-    ]
-    pairs = [(first.setdefault(repr((row.kind, row.identity)), row), row) for row in rows]
-    return same_title + [
+        for one, row in titles
+    ] + [
         f"{row.file}: asks for the same as {one.file}, so that one of their titles is wrong; leave one out, or change the settings (-c)"
-        for one, row in pairs
-        if one is not row
+        for one, row in settings
     ]
+
+
+def _pairs(rows: Sequence[Row], key: Callable[[Row], str]) -> list[tuple[Row, Row]]:
+    """Return each row whose key an earlier one has, behind the first that has it."""
+    first: dict[str, Row] = {}
+    pairs = [(first.setdefault(key(row), row), row) for row in rows]
+    return [(one, row) for one, row in pairs if one is not row]
 
 
 def _files_in(folder: Path) -> list[Path]:

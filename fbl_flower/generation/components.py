@@ -82,11 +82,10 @@ def read_source(
                 arguments["torch_dtype"] = dtype
             model, report = cls.from_pretrained(source, **arguments, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # both libraries and the hub's client raise whatever they like
-        # Without a network they end by missing a file in their cache, which is not what is wrong.
-        cause = _short(error) if Path(source).is_dir() else "no such model there, no access, or no network"
         raise GeneratorError(
-            f"quantize: {where} cannot be loaded as {class_name} from safetensors ({cause}); correct the source, or download it and give "
-            "the directory"
+            f"quantize: {where} cannot be loaded as {class_name} from safetensors ({_short(error)})"
+            + ("" if Path(source).is_dir() else "; there is no such model, no access, or no network")
+            + "; correct the source, or download it and give the directory"
         ) from error
     if missing := sorted(report["missing_keys"]):  # both libraries would leave them at random, with a warning
         raise GeneratorError(
