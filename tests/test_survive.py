@@ -69,7 +69,6 @@ def test_clients_that_are_killed_are_left_out_and_come_back(tmp_path: Path, depl
     wait_for(lambda: len(files_of(caches[2])) >= 4, LONG, "node 2 to generate", deployment.log)
     deployment.send(signal.SIGSTOP, "node-2")
     before_kill = files_of(caches[2])
-    assert not list(deployment.state_dir(2).glob("prepared/*")), "node 2 was stopped too late"
     deployment.kill("node-2")
 
     first = watch.wait_for_row(lambda row: 1 in row["clients"], LONG, "node 1 in a round")

@@ -46,7 +46,7 @@ class Readiness:
     Args:
         config: The run's.
         client: Its number.
-        state_dir: The node's folder: `cache` in it takes the synthetic images, and an empty file in `prepared` remembers a check.
+        state_dir: The node's folder: `cache` in it takes the synthetic images; an empty file in `had-room`: the disk had space for them.
         own_folder: The client's own images, or None.
         capability: full, rich or none; empty is full.
     """
@@ -59,7 +59,7 @@ class Readiness:
         digest = hashlib.sha256(
             json.dumps([decisive, client, str(own_folder), capability], sort_keys=True).encode()
         ).hexdigest()
-        self._mark = state_dir / "prepared" / digest
+        self._mark = state_dir / "had-room" / digest
 
     def check(self, parts: DataParts, real: Examples) -> None:
         """Check the generator's files, and the disk's space for the fill.
