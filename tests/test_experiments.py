@@ -219,9 +219,39 @@ def test_every_set_is_valid_and_says_what_its_size_is(folder: Path, size: str) -
     assert len(distinct) == len(rows) == len({row.title for row in rows})
     assert {row.config.data.evaluate_on for row in rows} == {"validation" if "tuning" in folder.name else "test"}
     if size == "paper":
+        assert all("200 rounds" in row.notes[0] or "tuning" in folder.name for row in federations)
         assert all(row.config.model.stem == "32x32" and row.config.model.name == "resnet18" for row in rows)
         assert {row.config.num_server_rounds for row in federations} == {60 if "tuning" in folder.name else 200}
         assert {row.config.num_clients for row in rows} == ({20, 50, 100} if "framework" in folder.name else {20})
+
+
+def test_what_reduces_a_set_is_in_its_table() -> None:
+    """Its rounds, epochs and images are those that the note says; the note names all in which the sizes differ."""
+    for file, what in (
+        ("02-ablation-cifar10/05-replay", ["40 rounds instead of 200", "one local epoch instead of two", "10,000 images", "40,000 at full"]),
+        ("01-main-cifar10/06-fbl", ["40 rounds instead of 200", "one local epoch instead of two", "20,000 images", "40,000 at full"]),
+        ("06-embedding-tiny-imagenet/01-raw", ["50 rounds instead of 200", "scaled to 32", "6,000 images", "2,000 for the"]),
+    ):  # fmt: skip
+        path = ROOT / "experiments" / f"{file}.toml"
+        small, large = (read_rows([path], size=size, overrides={"data.path": "/d"})[0] for size in ("cpu", "paper"))
+        text, config = " ".join(small.notes).replace("\n", " "), small.config
+        assert all(words in text for words in what)
+        assert f"{config.num_server_rounds} rounds instead of {large.config.num_server_rounds}" in text
+        assert f"{config.data.num_private:,} images" in text and "ImageNet stem" in text
+        differ = {key for key, value in flatten(config).items() if flatten(large.config)[key] != value}
+        assert differ <= {
+            "num-server-rounds", "train.epochs", "model.stem", "data.num-test", "data.num-private", "data.image-size",
+            "data.num-public", "data.num-validation",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["cpu", "paper"])
+def test_fedavg_and_what_is_built_on_it_have_its_best_learning_rate(size: str) -> None:
+    """In every set but the tuning's own, unless the title says that a row has another."""
+    for folder in SETS:
+        for row in read_rows([folder], size=size, overrides={"data.path": "/d"}) if "tuning" not in folder.name else []:
+            alone = row.kind == "federation" and not row.config.balancing.enabled and row.config.method.name != "scaffold"
+            assert row.config.train.learning_rate == (0.003 if alone and "learning rate" not in row.title else 0.05), row.file
 
 
 def test_every_method_has_the_same_number_of_candidates() -> None:

@@ -26,9 +26,7 @@ def write_table(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None:
     text += as_markdown(lines, seeds, scored_on="" if scored_on == "test" else scored_on)
     if any(line.to_target for line in lines):
         text += "\nThe target counts as reached in the first round with at least that accuracy; means are over the seeds that reached it.\n"
-    places = sorted(
-        {ran_on for row in rows for result in _results(row, seeds, out).values() if (ran_on := result.get("ran_on"))}
-    )
+    places = sorted({result.get("ran_on", "not recorded") for row in rows for result in _results(row, seeds, out).values()})
     if len(places) > 1:
         text += f"\nNot all results were made alike: {'; '.join(places)}. Rounding differs, and so may accuracies by as much as seeds do.\n"
     (out / "table.md").write_text(text, encoding="utf-8")
@@ -130,8 +128,9 @@ def _settled(result: Mapping[str, Any], last: int) -> float:
 
 
 def _first_round(result: Mapping[str, Any], target: float) -> int | None:
-    """Return the first round with at least the target accuracy; None if there is none."""
-    return min((number for number, accuracy in _by_round(result, "accuracy").items() if accuracy >= target), default=None)
+    """Return the first round with at least the target accuracy, not counting a warm start's model; None if there is none."""
+    by_round = _by_round(result, "accuracy")
+    return min((number for number, accuracy in by_round.items() if number > 0 and accuracy >= target), default=None)
 
 
 def _bytes_until(result: Mapping[str, Any], last: int) -> int | None:
