@@ -311,6 +311,15 @@ def test_labels_follow_the_federations_list_and_not_the_folders_listing(tmp_path
     assert set(zip(parts.private.images[:, 1, 0, 0].tolist(), parts.private.labels.tolist(), strict=True)) == {(0, 2), (10, 0)}
 
 
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    """A client that has images of that class alone, and one whose folder has it as its only split."""
+    write_folder(tmp_path / "class", {"train": 10})
+    write_folder(tmp_path / "split" / "train", {"train": 10})
+    for name in ("class", "split"):
+        parts = load_parts(folder(tmp_path / name, classes="bus, train"))
+        assert parts.info.class_names == ("bus", "train") and set(parts.private.labels.tolist()) == {1}
+
+
 @pytest.mark.parametrize("held_out", ["test", "val"])
 def test_a_folder_with_a_test_split_of_its_own(tmp_path: Path, held_out: str) -> None:
     write_folder(tmp_path / "train", {"ant": 10, "bee": 10})
@@ -551,6 +560,34 @@ def test_a_data_set_of_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: pyte
     place = tmp_path / "home" / ".fbl" / "data" / "hub" / "somebody--leaves"
     assert [path.name for path in place.parent.iterdir()] == [place.name]
     assert sorted(path.name for path in place.iterdir()) == ["data"]
+
+
+def test_a_data_sets_own_folders_may_be_configurations_or_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The train split of one configuration can have the test images of another: they are never read together."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for place in (
+        "own/full/train",
+        "own/full/test",
+        "own/small/train-00000",
+        "own/small/test-00000",
+        "plain/train",
+        "plain/test",
+    ):
+        hugging_face(tmp_path / f"{place}.parquet", [5] * 10, [0, 1] * 5, ["even", "odd"])
+    for place in ("split/train/0", "split/test/0"):
+        hugging_face(tmp_path / f"{place}.parquet", [7] * 10, [0, 1] * 5, ["even", "odd"])
+
+    def load(folder: str) -> DataParts:
+        Hub(monkeypatch, {None: tmp_path, "v1": tmp_path / "own"})
+        return load_parts(DataConfig(name="parquet", path=f"hf://datasets/somebody/leaves{folder}"))
+
+    for url, one in (("/own", "/own/full"), ("@v1", "@v1/full"), ("", "/own")):
+        with pytest.raises(
+            DataError, match=f"several configurations: .*; choose one, such as hf://datasets/somebody/leaves{one}$"
+        ):
+            load(url)
+    for url in ("/own/small", "@v1/full", "/split", "/plain"):
+        assert len(load(url).test) == 10
 
 
 def test_other_formats_are_taken_from_the_hubs_own_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ _TEST = ("test", "validation", "valid", "val")  # the first of them that is ther
 
 
 def read_folder(path: Path, wanted: ImageFormat) -> Source:
-    """Read `path`/CLASS/IMAGE, or the same below `path`/train and `path`/test.
+    """Read `path`/CLASS/IMAGE, or the same below `path`/train and `path`/test (unless train is a class, with images directly in it).
 
     The order of classes is `wanted.class_names`, whatever the folder holds of them; only without it are they the sorted names of the
     folder's own directories. Files are taken in the order of their names; hidden ones, and those without an image's suffix, are not read.
@@ -29,7 +29,8 @@ def read_folder(path: Path, wanted: ImageFormat) -> Source:
     """
     directories = _directories(path)
     split = {directory.name: directory for directory in directories}
-    if "train" in split and split.keys() <= {"train", *_TEST}:
+    vehicle = "train" in (wanted.class_names or ()) and "train" in split and _images(split["train"])
+    if "train" in split and split.keys() <= {"train", *_TEST} and not vehicle:
         held_out = next((split[name] for name in _TEST if name in split), None)
         roots = [split["train"]] + ([held_out] if held_out else [])
     else:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path, PurePosixPath
 
+from fbl_flower.data.readers.parquet import split_words
 from fbl_flower.errors import DataError
 
 PREFIX = "hf://"
@@ -34,7 +35,7 @@ def hub_path(url: str) -> Path:
     place = home / re.sub(r"[/@]+", "--", url.removeprefix("hf://datasets/").rstrip("/"))
     if not place.is_dir():
         try:
-            _download(place, name=match["name"], revision=match["revision"], folder=match["folder"] or "")
+            _download(place, url.rstrip("/"), name=match["name"], revision=match["revision"], folder=match["folder"] or "")
         except DataError:
             raise
         except Exception as error:  # the hub's client raises many kinds
@@ -45,7 +46,7 @@ def hub_path(url: str) -> Path:
     return place
 
 
-def _download(place: Path, *, name: str, revision: str | None, folder: str) -> None:
+def _download(place: Path, url: str, *, name: str, revision: str | None, folder: str) -> None:
     """Download beside the place and rename: a folder that is there is whole, also with several processes at once."""
     from huggingface_hub import HfApi, snapshot_download
 
@@ -55,10 +56,15 @@ def _download(place: Path, *, name: str, revision: str | None, folder: str) -> N
             break
     else:
         raise DataError(f"data.path: {name} has no parquet files{f' in {folder}' if folder else ''} on the hub; choose another")
-    kinds = sorted({PurePosixPath(file).parts[0] for file in files})
-    if state == _CONVERTED and not folder and len(kinds) > 1:
+    below = [
+        PurePosixPath(file).relative_to(folder).parts[0]
+        for file in files
+        if PurePosixPath(file).parent != PurePosixPath(folder)
+    ]
+    kinds = sorted({kind for kind in below if not split_words(kind)})
+    if len(kinds) > 1:
         raise DataError(
-            f"data.path: {name} has several configurations: {', '.join(kinds)}; choose one, such as hf://datasets/{name}/{kinds[0]}"
+            f"data.path: {name} has several configurations: {', '.join(kinds)}; choose one, such as {url}/{kinds[0]}"
         )
     print(f"{name}: downloading {len(files)} parquet files to {place}", file=sys.stderr, flush=True)
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -141,6 +141,11 @@ class _Table:
                 yield value.as_py()
 
 
+def split_words(name: str) -> set[str]:
+    """Return the splits that words in the name of a file or folder tell."""
+    return {_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_WORDS}
+
+
 def _named_split(file: Path) -> str:
     """Return the split that a word in the file's name, or in that of the nearest of its folders, names; else train.
 
@@ -148,7 +153,7 @@ def _named_split(file: Path) -> str:
         DataError: One name has words of two splits.
     """
     for name in (file.stem, *reversed(file.parent.parts)):
-        found = {_SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_WORDS}
+        found = split_words(name)
         if len(found) > 1:
             raise DataError(
                 f"data.path: the name {name!r} says {' and '.join(sorted(found))}; rename it, or add a column split"
