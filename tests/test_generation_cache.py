@@ -121,6 +121,24 @@ def test_images_are_stored_in_the_batches_that_are_really_made(tmp_path):
     assert generate_cached(again, ImageCache(tmp_path), labels, seeds).num_generated == 2 and again.batches == [2]
 
 
+class Timed(Counting):
+    """Moves a clock of its own: by `loading` when its batch size is first asked for, and by a second for each batch."""
+
+    def __init__(self, monkeypatch, *, loading):
+        super().__init__()
+        self.now, self._loading = 0, loading
+        monkeypatch.setattr("fbl_flower.generation.cache.time.monotonic", lambda: self.now)
+
+    @property
+    def batch_size(self):
+        self.now, self._loading = self.now + self._loading, 0
+        return 4
+
+    def generate(self, labels, seeds):
+        self.now += bool(labels)
+        return super().generate(labels, seeds)
+
+
 def test_after_the_deadline_no_batch_is_begun(tmp_path, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("fbl_flower.generation.cache.time.monotonic", lambda: next(clock))
@@ -138,9 +156,18 @@ def test_after_the_deadline_no_batch_is_begun(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("deadline", "made"), [(1, 4), (2, 8), (3, 10)])
 def test_a_batch_that_would_end_too_late_is_not_begun(tmp_path, monkeypatch, deadline, made):
     """Each batch of 4 takes a second: after n of them the clock says n, and another would end at n + 1."""
-    clock = iter(range(100))
-    monkeypatch.setattr("fbl_flower.generation.cache.time.monotonic", lambda: next(clock))
-    assert generate_cached(Counting(), ImageCache(tmp_path), [0] * 10, list(range(10)), deadline=deadline).num_generated == made
+    generator = Timed(monkeypatch, loading=0)
+    assert generate_cached(generator, ImageCache(tmp_path), [0] * 10, list(range(10)), deadline=deadline).num_generated == made
+
+
+@pytest.mark.parametrize(("loading", "deadline", "made"), [(5, 2, 4), (5, 6, 4), (5, 7, 8), (5, 0, 0)])
+def test_loading_that_takes_all_the_time_leaves_a_batch_and_is_not_done_without_time(
+    tmp_path, monkeypatch, loading, deadline, made
+):
+    """Loading takes 5 seconds and a batch of 4 one. A budget that is shorter makes a batch in each run; one that is spent loads nothing."""
+    generator = Timed(monkeypatch, loading=loading)
+    found = generate_cached(generator, ImageCache(tmp_path), [0] * 10, list(range(10)), deadline=deadline)
+    assert found.num_generated == made and generator.now == (loading + made // 4 if made else 0)
 
 
 def test_a_kill_loses_one_batch_at_most(tmp_path):

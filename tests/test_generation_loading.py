@@ -167,6 +167,20 @@ def test_checking_is_cheap():
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_the_bundled_cifar10_generator_is_whole_and_draws_different_classes():
+    """The data set is not at hand everywhere; what needs no image of it is checked here."""
+    folder = bundled_generator("cifar10", 32)
+    info = read_info(folder)
+    assert check_files(folder, info) == [] and (info.data_name, info.channels, info.num_images) == ("cifar10", 3, 9000)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
+    generator = DiffusionGenerator.load(folder, steps=4, guidance=2.0, batch_size=20)
+    labels = torch.tensor([0] * 10 + [6] * 10)  # airplanes, before the sky, and frogs, on the ground
+    images = generator.generate(labels.tolist(), list(range(20))).float()
+    assert images.shape == (20, 3, 32, 32) and images.std(0).mean() > 20
+    blue = images[:, 2].mean((1, 2)) - images[:, 0].mean((1, 2))
+    assert blue[:10].mean() > blue[10:].mean() + 10
+
+
 @pytest.mark.parametrize(("name", "size"), [("mnist5k", 28), ("digits", 28), ("digits", 8), ("fashion-mnist", 28)])
 def test_a_bundled_generator_is_what_it_says_and_draws_its_classes(name, size):
     path = DEBIAN_FASHION_MNIST if name == "fashion-mnist" else None

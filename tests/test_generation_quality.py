@@ -55,6 +55,20 @@ def test_nearest_training_image_by_hand():
     assert got.copies == pytest.approx(2 / 3)
 
 
+def test_a_mirror_image_of_a_training_image_is_a_copy() -> None:
+    """2 x 2 pixels, training images a and b: the mirror image of a is 2 from a itself and 1 from b, and no copy unless mirrored."""
+    a, b = ([255, 0, 255, 0], [0, 255, 0, 0])
+    training = torch.tensor([a, b], dtype=torch.uint8).view(2, 1, 2, 2)
+    mirrored = training[:1].flip(3)
+    alone, both = nearest_training_image(mirrored, training), nearest_training_image(mirrored, training, mirrored=True)
+    assert (alone.mean, alone.copies) == (1, 1.0 * (1 < 0.7 * 2))
+    assert (both.mean, both.copies) == (0, 1)
+
+
+def test_a_copy_of_an_image_that_is_there_twice_is_found() -> None:
+    assert nearest_training_image(grey(51), grey(51, 51, 255)).copies == 1
+
+
 def test_nearest_training_image_among_many_is_exact():
     stream = torch.Generator().manual_seed(0)
     images, training = (torch.randint(256, (num, 3, 4, 4), generator=stream, dtype=torch.uint8) for num in (300, 40))
@@ -65,6 +79,12 @@ def test_nearest_training_image_among_many_is_exact():
     got = nearest_training_image(images, training)
     assert got.mean == pytest.approx(first.mean().item(), rel=1e-6)
     assert got.smallest == 0
+    assert got.copies == pytest.approx((first < 0.7 * second).double().mean().item())
+    turned = torch.cat([training, training.flip(3)]).flatten(1).double() / 255
+    distances = torch.cdist(images.flatten(1).double() / 255, turned).view(300, 2, 40).amin(1)
+    first, second = distances.topk(2, dim=1, largest=False).values.unbind(1)
+    got = nearest_training_image(images, training, mirrored=True)
+    assert got.mean == pytest.approx(first.mean().item(), rel=1e-6)
     assert got.copies == pytest.approx((first < 0.7 * second).double().mean().item())
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fbl_flower.balancing.plan import BalancePlan, balance_targets, cap_filling, limit_filling, make_plan
+from fbl_flower.balancing.plan import BalancePlan, balance_targets, cap_filling, limit_filling, make_plan, make_rich_plan
 from fbl_flower.seeding import numpy_stream
 
 
@@ -139,19 +139,34 @@ def test_limits_keep_the_total_and_never_invent_an_image(classes: list[tuple[int
     assert less.num_balanced == counts.sum()
     assert (less.keep <= counts).all() and (less.keep >= plan.keep).all()
     assert (less.fill == np.minimum(plan.fill, available)).all()
-    fewer = capped(plan, share)
+    fewer = capped(plan, counts, share)
     assert (fewer <= plan.fill).all() and (fewer >= 0).all()
     assert fewer.sum() == min(plan.fill.sum(), int(share * counts.sum() + 1e-9))
 
 
-def capped(plan: BalancePlan, share: float, client: int = 0) -> np.ndarray:
-    return cap_filling(plan, share=share, tie_break=numpy_stream(0, "plan", client))
+def capped(plan: BalancePlan, counts: np.ndarray, share: float, client: int = 0) -> np.ndarray:
+    return cap_filling(plan, counts, share=share, tie_break=numpy_stream(0, "plan", client))
 
 
 def test_a_cap_takes_the_same_part_of_every_class() -> None:
     """Plan of [20] + 9 x [0]: fill 18, two of each class. At most 9 of 20: one of each; 3 of 20: three classes, not the same for all clients."""
-    plan = plan_of([20] + [0] * 9)
-    assert capped(plan, 0.45).tolist() == [0] + [1] * 9
-    assert capped(plan, 1.0).tolist() == plan.fill.tolist()
-    chosen = {tuple(capped(plan, 0.15, client).tolist()) for client in range(20)}
+    counts = np.array([20] + [0] * 9)
+    plan = plan_of(counts.tolist())
+    assert capped(plan, counts, 0.45).tolist() == [0] + [1] * 9
+    assert capped(plan, counts, 1.0).tolist() == plan.fill.tolist()
+    chosen = {tuple(capped(plan, counts, 0.15, client).tolist()) for client in range(20)}
     assert all(sum(one) == 3 and max(one) == 1 and one[0] == 0 for one in chosen) and len(chosen) > 10
+
+
+@pytest.mark.parametrize(
+    ("share", "fill"),
+    [(0.0, [0, 0, 0]), (0.25, [0, 2, 2]), (0.5, [0, 6, 6]), (0.6, [0, 9, 9]), (2 / 3, [0, 12, 12]), (1.0, [0, 12, 12])],
+)
+def test_a_cap_is_of_the_set_that_remains(share: float, fill: list[int]) -> None:
+    """A rich client with [12, 0, 0] wants 24 more and has no other real image: of 12 + f, f may be half if f is 12."""
+    counts = np.array([12, 0, 0])
+    plan = make_rich_plan(counts)
+    assert plan.fill.tolist() == [0, 12, 12]
+    assert capped(plan, counts, share).tolist() == fill
+    less = limit_filling(plan, counts, np.array(fill), tie_break=numpy_stream(0, "plan", 0))
+    assert less.fill.sum() <= share * less.num_balanced + 1e-9

@@ -77,13 +77,21 @@ def balance_targets(counts: np.ndarray, *, tie_break: np.random.Generator) -> np
     return targets
 
 
-def cap_filling(plan: BalancePlan, *, share: float, tie_break: np.random.Generator) -> np.ndarray:
-    """Return int64 [C], the synthetic images that are allowed where at most `share` (0 .. 1) of the balanced set may be synthetic.
+def cap_filling(plan: BalancePlan, counts: np.ndarray, *, share: float, tie_break: np.random.Generator) -> np.ndarray:
+    """Return int64 [C], the synthetic images that are allowed where at most `share` (0 .. 1) of the set may be synthetic.
 
     Every class gives up the same part of its filling, up to rounding, in which equal classes are ordered by the client's own stream.
+
+    Args:
+        plan: As `make_plan` or `make_rich_plan` made it.
+        counts: int [C], the client's real images: no more than these can stand in place of synthetic ones, so that the set may shrink.
+        share: Of the set that remains.
+        tie_break: The client's own stream.
     """
-    wanted = int(plan.fill.sum())
+    wanted, real = int(plan.fill.sum()), int(counts.sum())
     allowed = min(wanted, math.floor(share * plan.num_balanced + 1e-9))
+    if share < 1:  # f <= share (real + f)
+        allowed = min(allowed, math.floor(share / (1 - share) * real + 1e-9))
     if wanted == 0:
         return plan.fill.copy()
     exact = plan.fill * allowed / wanted

@@ -189,6 +189,8 @@ def _run_job(job: dict[str, Any]) -> dict[str, Any]:
         labels = [place % parts.info.num_classes for place in range(number)]
         generator.generate(labels, [derive(config.seed, "bench", place) for place in range(number)])
     else:
+        first = parts.private.take(torch.arange(min(number, config.train.batch_size)))
+        train_centrally(config, parts, first, epochs=1, seed=config.seed)  # imports, and what is set up once
         loaded = time.perf_counter()
         train_centrally(config, parts, parts.private, epochs=1, seed=config.seed)
     return {

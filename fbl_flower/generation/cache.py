@@ -111,8 +111,8 @@ def generate_cached(
         cache: Where to look, and to store.
         labels, seeds: Of the same length; a pair that comes twice is made once.
         progress: Is called after each batch with the images made and those to make in this call.
-        deadline: Reading of `time.monotonic()` that no batch should pass: one is begun only if as long as the last one took is left, the
-            first if any time is. What is missing then is left out.
+        deadline: Reading of `time.monotonic()` that no batch should pass: one is begun only if as long as the last one took is left. The
+            first is begun if any time is left before the generator is loaded. What is missing then is left out.
 
     Raises:
         GeneratorError: As `generator.generate`, or the cache's folder cannot be used.
@@ -131,9 +131,10 @@ def generate_cached(
         else:
             found[pair] = image
     num_generated = 0
-    size = generator.batch_size if missing else 0  # loads the model, where that was put off: before the clock is looked at
-    now, last = time.monotonic(), 0.0
-    while num_generated < len(missing) and now < deadline and now + last <= deadline:
+    begins = bool(missing) and time.monotonic() < deadline
+    # This loads the model, where that was put off. If that alone takes as long, the first batch is still made: else there never would be one.
+    size, now = generator.batch_size if begins else 0, time.monotonic()
+    while num_generated < len(missing) and begins:
         batch = missing[num_generated : num_generated + size]
         images = generator.generate([label for label, _ in batch], [seed for _, seed in batch])
         for pair, image in zip(batch, images, strict=True):
@@ -144,7 +145,7 @@ def generate_cached(
             progress(num_generated, len(missing))
         size = generator.batch_size  # memory may have become short
         before, now = now, time.monotonic()
-        last = now - before
+        begins = now + (now - before) <= deadline
     present = [pair in found for pair in pairs]
     there = [found[pair] for pair in pairs if pair in found]
     return Generated(

@@ -93,7 +93,8 @@ def check_generator(config: RunConfig, parts: DataParts) -> list[str]:
     elif wanted == info.data_name == parts.info.name and info.public_sha256 != parts.public_sha256:
         problems.append(
             f"generator.path: {folder} was trained on another public part of {wanted} than this configuration cuts, and may have seen "
-            "test images; set data.num-test, data.num-public and data.num-validation to what it was trained with, or train one anew"
+            "test images; set data.num-test, data.num-public and data.num-validation to what it was trained with, give the copy of the data set "
+            "that it was trained on (data.path), or train one anew"
         )
     return problems
 

@@ -142,9 +142,9 @@ class Batches:
             try:
                 make(start, stop)
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or self.size == 1:
+                if not is_out_of_memory(error) or stop - start == 1:
                     raise
-                self.size = (self.size + 1) // 2
+                self.size = min(self.size, (stop - start + 1) // 2)  # another thread may have made it smaller meanwhile
                 _log.warning("generator: out of memory; %d images together from now on", self.size)
                 continue
             start = stop

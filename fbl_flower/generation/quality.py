@@ -55,7 +55,8 @@ class SeedQuality:
             depends on the number of images: compare it for the same number and the same judge.
         nearest: Mean distance of a synthetic image to the nearest public training image.
         nearest_min: The smallest.
-        copies: Share of the images whose nearest training image is at less than 0.7 of the distance of the second.
+        copies: Share of the images that are a training image, or whose nearest one is at less than 0.7 of the distance of the second. Where
+            training mirrors images, each counts as the nearer of itself and its mirror image.
         images_per_second: Of the generator, by the clock on the wall.
     """
 
@@ -199,7 +200,7 @@ def measure_quality(
             Examples(images=images, labels=labels, synthetic=torch.ones(len(labels), dtype=torch.bool)), seed
         )
         public = train_classifier(parts.public, seed)
-        nearest = nearest_training_image(images, parts.public.images)
+        nearest = nearest_training_image(images, parts.public.images, mirrored=parts.info.flip)
         features = judge.features(images)
         per_seed.append(
             SeedQuality(
@@ -219,29 +220,35 @@ def measure_quality(
         per_seed=tuple(per_seed),
         num_images=len(labels),
         evaluated_on=evaluate_on,
-        real=nearest_training_image(real.images, parts.public.images),
+        real=nearest_training_image(real.images, parts.public.images, mirrored=parts.info.flip),
         judge_accuracy=_accuracy(judge, real.images, real.labels),
     )
 
 
-def nearest_training_image(images: torch.Tensor, training: torch.Tensor) -> Nearest:
+def nearest_training_image(images: torch.Tensor, training: torch.Tensor, *, mirrored: bool = False) -> Nearest:
     """Compare images with the training images.
 
     Args:
         images: uint8 [M, C, H, W].
         training: uint8 [N, C, H, W], N >= 2.
+        mirrored: Whether they were also seen as in a mirror, left for right; the nearer of the two counts.
     """
-    inputs, others = images.flatten(1).float() / 255, training.flatten(1).float() / 255
+    seen = [training, training.flip(3)] if mirrored else [training]
+    inputs, others = images.flatten(1).float() / 255, torch.cat(seen).flatten(1).float() / 255
     found = []
     for some in inputs.split(_AT_ONCE):
         # inner products are fast and lose the small distances that matter here: they choose the candidates, exact differences judge them
         near = torch.cdist(some, others, compute_mode="use_mm_for_euclid_dist").topk(
-            min(_CANDIDATES, len(others)), largest=False
+            min(_CANDIDATES * len(seen), len(others)), largest=False
         )
         exact = (others[near.indices] - some[:, None]).square().sum(2).sqrt()
-        found.append(exact.topk(2, dim=1, largest=False).values)
+        first, place = exact.min(1)
+        image = near.indices % len(training)  # the second is another training image, and not the mirrored first
+        same = image == image.gather(1, place[:, None])
+        found.append(torch.stack([first, exact.masked_fill(same, math.inf).amin(1)], dim=1))
     first, second = torch.cat(found).unbind(1)
-    copies = (first < _COPY_RATIO * second).double().mean()
+    # an image that was in the training part twice has two neighbours at the same distance
+    copies = ((first < _COPY_RATIO * second) | (first == 0)).double().mean()
     return Nearest(mean=first.mean().item(), smallest=first.min().item(), copies=copies.item())
 
 

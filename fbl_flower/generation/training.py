@@ -2,12 +2,13 @@
 
 A network learns the velocity that carries noise to images along straight lines (Liu et al., arXiv 2209.03003):
 x_t = (1 - t) x + t e, with target e - x. A generator that is going to stand on every client must never have seen a
-client's image, nor a test image: only `parts.public` is read.
+client's image, nor a test image: it learns from `parts.public`. Validation images tell, in the progress lines, whether it memorises.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import math
 import time
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fbl_flower.data.datasets import DataParts
+from fbl_flower.data.examples import Examples
 from fbl_flower.device import autocast, keep_freed_memory
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.augment import deform
@@ -34,6 +36,7 @@ from fbl_flower.seeding import derive, torch_stream
 
 _REPORTS = 40  # progress lines of a whole training
 _RECENT = 50  # steps whose mean loss they show
+_HELD_OUT = 256  # draws that show whether the average knows the training images better than others
 
 
 def train_generator(
@@ -54,7 +57,7 @@ def train_generator(
     A training in several pieces ends with the weights of one in a single piece.
 
     Args:
-        parts: Only its public images and labels are read.
+        parts: Its public images and labels train; validation images are in the progress lines only.
         recipe: The hyper-parameters; the same recipe gives the same weights with the same machine, libraries and
             number of threads.
         out: The folder to make. It appears whole or not at all.
@@ -83,6 +86,13 @@ def train_generator(
     with checkpoint.claimed():
         if training.restore(checkpoint):
             _tell(progress, f"going on after step {training.steps_done} of {recipe.steps}")
+            if training.spent.threads not in ((), (torch.get_num_threads(),)):
+                before = ", ".join(map(str, training.spent.threads))
+                _tell(
+                    progress,
+                    f"with {torch.get_num_threads()} threads, where there were {before} before: sums round otherwise, and the weights "
+                    "will not be those of a training in one piece (--threads)",
+                )
         started = time.perf_counter()
         # an interruption saves nothing: it comes in the middle of a step, whose draws and weights would not belong together
         while training.steps_done < recipe.steps and time.perf_counter() - started < stop_after:
@@ -163,13 +173,26 @@ class Training:
             cpu=time.process_time() - cpu,
             devices=(self._device.type,),
             compiled=self._forward is not self._network,
+            threads=(torch.get_num_threads(),),
         )
 
     def describe(self) -> str:
-        """Return a line on how far the training is."""
+        """Return a line on how far the training is, and on whether it memorises: then only the loss of training images falls."""
         left = self.spent.wall / self.steps_done * (self._recipe.steps - self.steps_done)
         recent = sum(self._losses) / len(self._losses)
-        return f"step {self.steps_done} of {self._recipe.steps}: loss {recent:.4f}, {left:.0f} s left"
+        averaged = ""
+        if len(self._parts.validation):
+            seen, unseen = self.average_loss(self._parts.public), self.average_loss(self._parts.validation)
+            averaged = f", of the average {seen:.4f} on training and {unseen:.4f} on validation images"
+        return f"step {self.steps_done} of {self._recipe.steps}: loss {recent:.4f}{averaged}, {left:.0f} s left"
+
+    @torch.no_grad()
+    def average_loss(self, images: Examples) -> float:
+        """Return the loss of the averaged weights on 256 draws of some images, with the same noise and times at every call."""
+        recipe = dataclasses.replace(self._recipe, batch_size=_HELD_OUT, augmentation=self._recipe.augmentation.scaled(0))
+        stream = torch_stream(self._recipe.seed, "generator", "held out")
+        batch = draw_batch(dataclasses.replace(self._parts, public=images), recipe=recipe, stream=stream)
+        return flow_loss(self.average, batch.to(self._device)).item()
 
     def save(self, checkpoint: TrainingCheckpoint) -> None:
         """Write a checkpoint and a preview."""

@@ -29,12 +29,14 @@ class Spent:
         wall, cpu: Seconds on the clock, and of the processor.
         devices: Where it ran, such as "cpu", in alphabetical order.
         compiled: Whether torch had compiled the network, in any piece.
+        threads: Numbers of torch's threads, ascending.
     """
 
     wall: float = 0.0
     cpu: float = 0.0
     devices: tuple[str, ...] = ()
     compiled: bool = False
+    threads: tuple[int, ...] = ()
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(
@@ -42,6 +44,7 @@ class Spent:
             cpu=self.cpu + other.cpu,
             devices=tuple(sorted({*self.devices, *other.devices})),
             compiled=self.compiled or other.compiled,
+            threads=tuple(sorted({*self.threads, *other.threads})),
         )
 
 
@@ -106,6 +109,8 @@ class TrainingCheckpoint:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(copies, part, {**self._identity, **numbers})
+            with part.open("rb") as stream:
+                os.fsync(stream.fileno())  # a power cut must not leave half of the only one
             os.replace(part, self.file)
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from fbl_flower.seeding import numpy_stream
 from fbl_flower.training.loop import Augmentation
 from fbl_flower.training.roles import drawn_roles
 
-# accelerate patches nn.Module while a network is laid out: two threads must not load, or make a classifier, at once.
+# Two threads must not both load the generator.
 _LOADING = threading.Lock()
 
 
@@ -128,7 +128,7 @@ def client_plan(
         plan = make_rich_plan(counts, filling=b.filling)
     else:
         plan = make_plan(counts, tie_break=stream(), sampling=b.sampling != "none", filling=b.filling)
-    allowed = cap_filling(plan, share=b.max_filled_share, tie_break=stream())
+    allowed = cap_filling(plan, counts, share=b.max_filled_share, tie_break=stream())
     return limit_filling(plan, counts, allowed, tie_break=stream())
 
 
