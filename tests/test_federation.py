@@ -378,3 +378,38 @@ def test_arrays_travel_as_flower_itself_packs_them(array: np.ndarray) -> None:
     assert (ours.dtype, tuple(ours.shape), ours.stype) == (flowers.dtype, tuple(flowers.shape), flowers.stype)
     assert bytes(ours.data) == bytes(flowers.data)
     assert np.array_equal(ours.numpy(), array) and ours.numpy().dtype == array.dtype
+
+
+def test_a_time_budget_is_spent_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of ten takes a second, and there are two: each client that lacks more notes the share, and no round makes another."""
+    settings = quick(tmp_path, fraction_train=1.0, generator__time_budget=2.0, data__alpha=0.05)
+    config, made, clock = parse_config(settings), [0], [0.0]
+    inner = prepare.shared_generator(config)
+
+    class Slow:
+        fingerprint, batch_size = inner.fingerprint, 10
+
+        def generate(self, labels: list[int], seeds: list[int]) -> torch.Tensor:
+            clock[0] += bool(labels)
+            made[0] += len(labels)
+            return inner.generate(labels, seeds)
+
+    monkeypatch.setattr(prepare, "shared_generator", lambda *_: Slow())
+    for module in ("balancing.filling", "generation.cache"):
+        monkeypatch.setattr(f"fbl_flower.{module}.time.monotonic", lambda: clock[0])
+    whole = [prepare.client_plan(config, prepare.client_examples(config, load_parts(config.data), k), 10, k) for k in range(4)]
+    wanted = [int(plan.fill.sum()) for plan in whole if plan is not None]
+    assert min(wanted) > 20
+    exchange = client._prepared
+    monkeypatch.setattr(
+        client, "_prepared", exchange.__wrapped__
+    )  # as in a deployment, where each message has a process of its own
+    outcome = run_local(settings)
+    assert outcome.summary["status"] == "completed" and made[0] == 4 * 20
+    for number, missing in enumerate(wanted):
+        note = tmp_path / "state" / "clients" / outcome.run_dir.name / f"client-{number:04d}" / "time-budget-spent"
+        assert note.read_text().startswith(f"{1 - 20 / missing:.4f} of the synthetic images are missing")
+    rows = [json.loads(line) for line in metrics(outcome.run_dir).splitlines()]
+    assert all(row["num_examples"] == row["num_real"] for row in rows[1:])  # the total stays
+    run_local(settings)  # the next run goes on where this one stopped
+    assert made[0] == sum(min(number, 40) for number in wanted)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_generation_support import tiny_generator
+from test_generation_support import digits, tiny_generator
 from torch import nn
 
+from fbl_flower.config import parse_config
 from fbl_flower.generation.diffusion import DiffusionGenerator
+from fbl_flower.generation.loading import load_generator
 from fbl_flower.generation.memory import Batches, activation_bytes, fitting_batch, free_bytes, is_out_of_memory
 
 CPU = torch.device("cpu")
@@ -72,9 +74,23 @@ def test_the_limit_decides_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fitting_batch(32, bytes_per_image=mebi, limit_mb=0, device=CPU) == 32
 
 
-def test_free_memory_is_a_number_or_unknown() -> None:
-    free = free_bytes()
-    assert free is None or 0 <= free < 2**50
+def test_the_limit_of_the_settings_reaches_the_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, mebi = tiny_generator(tmp_path), 2**20
+    monkeypatch.setattr(DiffusionGenerator, "_bytes_per_image", lambda _: mebi)
+    parts = digits()
+    for limit, asked, size in ((3, 64, 3), (100, 64, 64), (3, 1, 1)):
+        settings = {"data.name": "digits", "data.num-private": -1, "generator.path": str(folder)}
+        limits = {"generator.batch-size": asked, "generator.memory-limit": limit}
+        assert load_generator(parse_config(settings | limits), parts).batch_size == size
+
+
+def test_free_memory_of_this_machine_is_less_than_it_has() -> None:
+    free, meminfo = free_bytes(), Path("/proc/meminfo")
+    if not meminfo.is_file():
+        assert free is None
+    else:
+        total = next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:"))
+        assert free is not None and 0 < free < total * 1024
 
 
 def a_system(folder: Path, *, available_kib: int, groups: str, files: dict[str, str]) -> Path:
