@@ -65,13 +65,13 @@ def test_activations_are_counted_by_hand() -> None:
 
 def test_the_limit_decides_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     mebi = 2**20
-    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=10, device=CPU) == 10
-    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=100, device=CPU) == 32
-    assert fitting_batch(32, bytes_per_image=50 * mebi, limit_mb=10, device=CPU) == 1
+    assert fitting_batch(32, bytes_per_image=lambda: mebi, limit_mb=10, device=CPU) == 10
+    assert fitting_batch(32, bytes_per_image=lambda: mebi, limit_mb=100, device=CPU) == 32
+    assert fitting_batch(32, bytes_per_image=lambda: 50 * mebi, limit_mb=10, device=CPU) == 1
     monkeypatch.setattr("fbl_flower.generation.memory.free_bytes", lambda: 12 * mebi)
-    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=0, device=CPU) == 6  # half of what is free
+    assert fitting_batch(32, bytes_per_image=lambda: mebi, limit_mb=0, device=CPU) == 6  # half of what is free
     monkeypatch.setattr("fbl_flower.generation.memory.free_bytes", lambda: None)
-    assert fitting_batch(32, bytes_per_image=mebi, limit_mb=0, device=CPU) == 32
+    assert fitting_batch(32, bytes_per_image=lambda: mebi, limit_mb=0, device=CPU) == 32
 
 
 def test_the_limit_of_the_settings_reaches_the_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_a_gpus_memory_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**20, 99 * 2**20))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8 * 2**20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**20)
-    assert fitting_batch(32, bytes_per_image=2**20, limit_mb=0, device=torch.device("cuda")) == 8
+    assert fitting_batch(32, bytes_per_image=lambda: 2**20, limit_mb=0, device=torch.device("cuda")) == 8
 
 
 def test_images_made_in_smaller_batches_differ_by_a_grey_level_at_most(tmp_path, monkeypatch) -> None:

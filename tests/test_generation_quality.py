@@ -56,12 +56,12 @@ def test_nearest_training_image_by_hand():
 
 
 def test_a_mirror_image_of_a_training_image_is_a_copy() -> None:
-    """2 x 2 pixels, training images a and b: the mirror image of a is 2 from a itself and 1 from b, and no copy unless mirrored."""
-    a, b = ([255, 0, 255, 0], [0, 255, 0, 0])
+    """2 x 2 pixels, training images a and b: a's mirror image is 2 from a and root 3 from b, and no copy of either unless mirrored."""
+    a, b = ([255, 0, 255, 0], [255, 0, 255, 255])
     training = torch.tensor([a, b], dtype=torch.uint8).view(2, 1, 2, 2)
     mirrored = training[:1].flip(3)
     alone, both = nearest_training_image(mirrored, training), nearest_training_image(mirrored, training, mirrored=True)
-    assert (alone.mean, alone.copies) == (1, 1.0 * (1 < 0.7 * 2))
+    assert (alone.mean, alone.copies) == (pytest.approx(3**0.5), 0)
     assert (both.mean, both.copies) == (0, 1)
 
 

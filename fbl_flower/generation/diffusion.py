@@ -60,13 +60,7 @@ class DiffusionGenerator:
         self._guidance = guidance
         self._device = torch.device(device)
         self._batches = Batches(
-            lambda: (
-                1
-                if batch_size == 1
-                else fitting_batch(
-                    batch_size, bytes_per_image=self._bytes_per_image(), limit_mb=memory_limit, device=self._device
-                )
-            )
+            lambda: fitting_batch(batch_size, bytes_per_image=self._bytes_per_image, limit_mb=memory_limit, device=self._device)
         )
         decisive = {
             "files": dict(sorted(info.files.items())),

@@ -87,20 +87,22 @@ def activation_bytes(network: nn.Module, evaluate: Callable[[], object]) -> int:
     return total
 
 
-def fitting_batch(asked: int, *, bytes_per_image: int, limit_mb: int, device: torch.device) -> int:
+def fitting_batch(asked: int, *, bytes_per_image: Callable[[], int], limit_mb: int, device: torch.device) -> int:
     """Return how many images to make together: `asked`, or as many as fit.
 
     Args:
         asked: At most so many.
-        bytes_per_image: What one image under way takes at most.
+        bytes_per_image: Measures what one image under way takes at most; not asked where one image is all that is wanted.
         limit_mb: MiB for the images under way; 0: half of the free memory, where that can be told.
         device: Whose memory it is.
     """
+    if asked == 1:
+        return 1
     free = None if limit_mb else _free_on(device)
     budget = limit_mb * 2**20 if limit_mb else None if free is None else int(_SHARE * free)
     if budget is None:
         return asked
-    fitting = max(1, min(asked, budget // max(1, bytes_per_image)))
+    fitting = max(1, min(asked, budget // max(1, bytes_per_image())))
     if fitting < asked:
         _log.warning("generator: %d images together instead of %d, for the memory at hand", fitting, asked)
     return fitting

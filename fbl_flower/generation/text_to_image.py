@@ -89,15 +89,11 @@ class TextToImageGenerator:
         self._device = torch.device(device)
         self._dtype = DTYPE[info.dtype]
         self._sizes = Batches(
-            lambda: (
-                1
-                if settings.batch_size == 1
-                else fitting_batch(
-                    settings.batch_size,
-                    bytes_per_image=self._bytes_per_image(),
-                    limit_mb=settings.memory_limit,
-                    device=self._device,
-                )
+            lambda: fitting_batch(
+                settings.batch_size,
+                bytes_per_image=self._bytes_per_image,
+                limit_mb=settings.memory_limit,
+                device=self._device,
             )
         )
         self._tokenizing = threading.Lock()  # the tokenizer's padding is a setting of the shared object

@@ -62,7 +62,12 @@ def final_accuracy_picture(lines: Sequence[TableLine], path: Path, *, ylabel: st
             elinewidth=1.5,
         )
         axes.annotate(
-            f"{(line.mean or 0.0) + 1e-9:.1f}", (line.mean or 0.0, place), (0, 9), textcoords="offset points", ha="center", fontsize=8
+            f"{(line.mean or 0.0) + 1e-9:.1f}",  # halves up, whatever the last bit of a mean
+            (line.mean or 0.0, place),
+            (0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
         )
     labels = [f"{line.title}{f', round {line.rounds}' if ' of ' in line.rounds else ''}" for line in drawn]
     axes.set_yticks(range(len(drawn)), [textwrap.fill(label, _LABEL_WIDTH) for label in labels], fontsize=8.5)

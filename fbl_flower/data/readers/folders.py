@@ -29,8 +29,8 @@ def read_folder(path: Path, wanted: ImageFormat) -> Source:
     """
     directories = _directories(path)
     split = {directory.name: directory for directory in directories}
-    vehicle = "train" in (wanted.class_names or ()) and "train" in split and _images(split["train"])
-    if "train" in split and split.keys() <= {"train", *_TEST} and not vehicle:
+    is_class = "train" in split and "train" in (wanted.class_names or ()) and _images(split["train"])
+    if "train" in split and split.keys() <= {"train", *_TEST} and not is_class:
         held_out = next((split[name] for name in _TEST if name in split), None)
         roots = [split["train"]] + ([held_out] if held_out else [])
     else:

@@ -56,12 +56,8 @@ def _download(place: Path, url: str, *, name: str, revision: str | None, folder:
             break
     else:
         raise DataError(f"data.path: {name} has no parquet files{f' in {folder}' if folder else ''} on the hub; choose another")
-    below = [
-        PurePosixPath(file).relative_to(folder).parts[0]
-        for file in files
-        if PurePosixPath(file).parent != PurePosixPath(folder)
-    ]
-    kinds = sorted({kind for kind in below if not split_words(kind)})
+    inside = {PurePosixPath(file).relative_to(folder).parent for file in files}
+    kinds = sorted({path.parts[0] for path in inside if path.parts and not split_words(path.parts[0])})
     if len(kinds) > 1:
         raise DataError(
             f"data.path: {name} has several configurations: {', '.join(kinds)}; choose one, such as {url}/{kinds[0]}"
