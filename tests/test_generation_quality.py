@@ -132,6 +132,9 @@ def test_images_that_never_vary_have_no_diversity():
     assert quality.mean("ratio") == 1
     # real 40 is at sqrt(16) * 40 / 255 from black
     assert quality.real.mean == pytest.approx((0 + 0 + 2 * 4 * 40 / 255) / 4)
+    # 16 pixels that are one: no gap between means, and variances of the twelve public and the four real images; the generator draws the public ones
+    public, tested = 12 / 11 * 127.5**2, 2 / 3 * (127.5**2 + 87.5**2)
+    assert quality.real_frechet == pytest.approx(16 * (public**0.5 - tested**0.5) ** 2, rel=1e-4) == quality.mean("frechet")
 
 
 def test_validation_judges_without_the_test_part():
@@ -182,15 +185,18 @@ def test_generators_side_by_side():
             num_images=5,
             evaluated_on="test",
             real=Nearest(mean=0, smallest=0, copies=0),
-            judge_accuracy=1.0,
+            judge_accuracy=0.9,
+            real_frechet=0.25,
             num_bytes=num_bytes,
         )
 
     table = compare({"a": quality(0.5, 0.7, num_bytes=12), "b": quality(0.4, num_bytes=None)}).splitlines()
-    assert table[0] == "| 5 images, against test | a | b |"
-    assert table[2] == "| ratio | 0.750 ± 0.177 | 0.500 |"
-    assert table[3] == "| synthetic accuracy | 0.600 ± 0.141 | 0.400 |"
-    assert table[-2:] == ["| bytes on disk | 12 |  |", "| peak memory, MiB |  |  |"]
+    assert table[0] == "| 5 images, against test | a | b | real |"
+    assert table[2] == "| ratio | 0.750 ± 0.177 | 0.500 |  |"
+    assert table[3] == "| synthetic accuracy | 0.600 ± 0.141 | 0.400 |  |"
+    assert table[5] == "| agreement | 1.000 ± 0.000 | 1.000 | 0.900 |"
+    assert table[7] == "| frechet | 2.000 ± 0.000 | 2.000 | 0.250 |"
+    assert table[-2:] == ["| bytes on disk | 12 |  |  |", "| peak memory, MiB |  |  |  |"]
 
 
 def test_no_seeds_and_no_images_are_refused():

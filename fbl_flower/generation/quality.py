@@ -99,6 +99,8 @@ class Quality:
         evaluated_on: The part whose real images judged.
         real: Distances of those real images to the public training images: what no copying looks like.
         judge_accuracy: Share of those real images that the judge of agreement, diversity and the Fréchet distance gives their label.
+        real_frechet: Fréchet distance of the public training images to those real images: what no gap looks like, but that the judge was
+            trained on one side.
         num_bytes: The generator on disk; None where it was not asked for.
         peak_mb: Largest resident set of a process that makes images, in MiB; None where it was not measured.
     """
@@ -108,12 +110,24 @@ class Quality:
     evaluated_on: str
     real: Nearest
     judge_accuracy: float
+    real_frechet: float
     num_bytes: int | None = None
     peak_mb: float | None = None
 
     def mean(self, measure: str) -> float:
         """Return the mean of an attribute of `SeedQuality` over the seeds."""
         return sum(getattr(one, measure) for one in self.per_seed) / len(self.per_seed)
+
+    def of_real(self) -> dict[str, float]:
+        """Return what real images have in the place of synthetic ones, by measure; those without such a number are left out."""
+        return {
+            "agreement": self.judge_accuracy,
+            "diversity": 1.0,
+            "frechet": self.real_frechet,
+            "nearest": self.real.mean,
+            "nearest_min": self.real.smallest,
+            "copies": self.real.copies,
+        }
 
     def costs(self) -> dict[str, str]:
         """Return what does not depend on a seed, by name, as text; empty where it is not known."""
@@ -124,8 +138,7 @@ class Quality:
 
     def as_markdown(self) -> str:
         """Return a table with a row for each measure: mean, one column per seed, real images for comparison."""
-        reference = {"agreement": self.judge_accuracy, "diversity": 1.0}
-        reference |= {"nearest": self.real.mean, "nearest_min": self.real.smallest, "copies": self.real.copies}
+        reference = self.of_real()
         seeds = [f"seed {one.seed}" for one in self.per_seed]
         rows = [
             "| " + " | ".join([f"{self.num_images} images, against {self.evaluated_on}", "mean", *seeds, "real"]) + " |",
@@ -133,26 +146,27 @@ class Quality:
         ]
         for name in _MEASURES:
             numbers = [self.mean(name), *(getattr(one, name) for one in self.per_seed)]
-            cells = [f"{number:.3f}" for number in numbers] + [f"{reference[name]:.3f}" if name in reference else ""]
+            cells = [f"{number:.3f}" for number in numbers] + [_number_or_blank(reference.get(name))]
             rows.append("| " + " | ".join([name.replace("_", " "), *cells]) + " |")
         rows += ["| " + " | ".join([name, cost, *[""] * (len(seeds) + 1)]) + " |" for name, cost in self.costs().items()]
         return "\n".join(rows)
 
 
 def compare(measured: Mapping[str, Quality]) -> str:
-    """Return a table with a column for each generator: mean and sample standard deviation over the seeds.
+    """Return a table with a column for each generator, mean and sample standard deviation over the seeds, and real images for comparison.
 
     Args:
-        measured: At least one, by name; all measured with as many images against the same part.
+        measured: At least one, by name; all measured with as many images, against the same part, by the same judge.
     """
     first = next(iter(measured.values()))
-    heads = [f"{first.num_images} images, against {first.evaluated_on}", *measured]
+    reference = first.of_real()
+    heads = [f"{first.num_images} images, against {first.evaluated_on}", *measured, "real"]
     rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name in _MEASURES:
         numbers = [[getattr(one, name) for one in quality.per_seed] for quality in measured.values()]
         cells = [f"{mean(one):.3f}" + (f" ± {stdev(one):.3f}" if len(one) > 1 else "") for one in numbers]
-        rows.append("| " + " | ".join([name.replace("_", " "), *cells]) + " |")
-    rows += ["| " + " | ".join([name, *(one.costs()[name] for one in measured.values())]) + " |" for name in first.costs()]
+        rows.append("| " + " | ".join([name.replace("_", " "), *cells, _number_or_blank(reference.get(name))]) + " |")
+    rows += ["| " + " | ".join([name, *(one.costs()[name] for one in measured.values()), ""]) + " |" for name in first.costs()]
     return "\n".join(rows)
 
 
@@ -222,6 +236,7 @@ def measure_quality(
         evaluated_on=evaluate_on,
         real=nearest_training_image(real.images, parts.public.images, mirrored=parts.info.flip),
         judge_accuracy=_accuracy(judge, real.images, real.labels),
+        real_frechet=frechet_distance(judge.features(parts.public.images), real_features),
     )
 
 
@@ -265,6 +280,10 @@ def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
     mixed = torch.linalg.eigvalsh(root @ cov_other @ root).clamp(min=0).sqrt().sum()
     gap = (one.mean(0) - other.mean(0)).square().sum()
     return max(0.0, (gap + cov_one.trace() + cov_other.trace() - 2 * mixed).item())
+
+
+def _number_or_blank(number: float | None) -> str:
+    return "" if number is None else f"{number:.3f}"
 
 
 def _accuracy(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:

@@ -35,7 +35,7 @@ def hub_path(url: str) -> Path:
     place = home / re.sub(r"[/@]+", "--", url.removeprefix("hf://datasets/").rstrip("/"))
     if not place.is_dir():
         try:
-            _download(place, url.rstrip("/"), name=match["name"], revision=match["revision"], folder=match["folder"] or "")
+            _download(place, name=match["name"], revision=match["revision"], folder=match["folder"] or "")
         except DataError:
             raise
         except Exception as error:  # the hub's client raises many kinds
@@ -46,7 +46,7 @@ def hub_path(url: str) -> Path:
     return place
 
 
-def _download(place: Path, url: str, *, name: str, revision: str | None, folder: str) -> None:
+def _download(place: Path, *, name: str, revision: str | None, folder: str) -> None:
     """Download beside the place and rename: a folder that is there is whole, also with several processes at once."""
     from huggingface_hub import HfApi, snapshot_download
 
@@ -59,9 +59,8 @@ def _download(place: Path, url: str, *, name: str, revision: str | None, folder:
     inside = {PurePosixPath(file).relative_to(folder).parent for file in files}
     kinds = sorted({path.parts[0] for path in inside if path.parts and not split_words(path.parts[0])})
     if len(kinds) > 1:
-        raise DataError(
-            f"data.path: {name} has several configurations: {', '.join(kinds)}; choose one, such as {url}/{kinds[0]}"
-        )
+        one = "/".join(filter(None, [PREFIX + "datasets/" + name + (f"@{revision}" if revision else ""), folder, kinds[0]]))
+        raise DataError(f"data.path: {name} has several configurations: {', '.join(kinds)}; choose one, such as {one}")
     print(f"{name}: downloading {len(files)} parquet files to {place}", file=sys.stderr, flush=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-", ignore_cleanup_errors=True) as part:
