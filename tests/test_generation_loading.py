@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
@@ -139,6 +140,20 @@ def test_a_network_that_cannot_be_built_is_one_error(folder):
     ) as caught:
         load_generator(config, parts).generate([0], [0])
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_read_for_its_sum_once_and_again_when_it_was_changed(folder, monkeypatch):
+    read = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, name: read.append(stream.name) or digest(stream, name))
+    info, weights = read_info(folder), folder / "quanto_model.safetensors"
+    assert check_files(folder, info) == check_files(folder, info) == []
+    assert sorted(read) == sorted(str(folder / name) for name in info.files)
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1  # the size stays
+    weights.write_bytes(changed)
+    assert "damaged" in check_files(folder, info)[0]
+    assert read[len(info.files) :] == [str(weights)]
 
 
 def test_no_bundled_generator_for_these_images():

@@ -6,6 +6,7 @@ Reading it needs neither the network nor the diffusion library, so a run can be 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -192,7 +193,13 @@ def check_files(folder: Path, info: HasFiles, *, way_out: str = "copy or train t
 
 
 def file_sha256(file: Path) -> str:
-    """Return the hex SHA-256 of a file."""
+    """Return the hex SHA-256 of a file; a process reads it once, as long as its size and time of change stay."""
+    now = file.stat()
+    return _sha256(file, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(file: Path, *_state: int) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
