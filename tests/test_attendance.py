@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from helpers import quick
 
+from fbl_flower.config import parse_config
 from fbl_flower.errors import DataError, RunFailed
 from fbl_flower.federation import client, server
 from fbl_flower.federation.local import LocalGrid, run_local
@@ -30,16 +32,22 @@ class Shifting(LocalGrid):
 
 
 def federate(
-    tmp_path: Path, there: Callable[[int], set[int]], node_config: dict[int, dict[str, Any]] | None = None, **settings: Any
+    tmp_path: Path,
+    there: Callable[[int], set[int]],
+    node_config: dict[int, dict[str, Any]] | None = None,
+    node_configs: dict[int, Any] | None = None,
+    **settings: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Run with nodes that come and go; return the rows of the rounds, and nodes.json."""
+    """Run with nodes that come and go; return the rows of the rounds, and nodes.json. `node_configs` is filled with what `there` may change."""
     client._prepared.cache_clear()
-    config = quick(tmp_path, fraction_train=1.0, num_server_rounds=4, **settings)
+    config = quick(tmp_path, **{"fraction_train": 1.0, "num_server_rounds": 4} | settings)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     with Shifting(client.app, num_nodes=4, run_config=config) as grid:
         grid.run_dirs, grid.there = tmp_path / "runs", there
         for node, extra in (node_config or {}).items():
             grid._contexts[node].node_config.update(extra)
+        if node_configs is not None:
+            node_configs |= {node: context.node_config for node, context in grid._contexts.items()}
         server.app(grid, context)
     run_dir = Path(str(context.state.config_records["run"]["directory"]))
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -116,6 +124,96 @@ def test_a_node_with_a_new_id_takes_its_old_place(tmp_path: Path) -> None:
             grid._contexts[node].node_config.update({"partition-id": place, "num-partitions": 3})
         server.app(grid, context)
     assert asked == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (3, 1), (3, 4), (3, 3)]
+
+
+def test_a_node_that_was_refused_is_heard_again_when_it_was_mended_and_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restarted node has its old id, because that belongs to its key: node 4 comes in round 2, goes, and is another in round 4."""
+    states = {"4": "strong"}
+
+    def there(done: int) -> set[int]:
+        states["4"] = "strong" if done < 3 else "none"
+        return {1, 2, 3} | ({4} if done in (1, 3) else set())
+
+    describe_node = client.describe_node
+
+    def describe(context: Context) -> NodeDescription:
+        node = describe_node(context)
+        return replace(node, capability=states["4"]) if node.partition_id == 3 else node
+
+    monkeypatch.setattr(client, "describe_node", describe)
+    rows, table = federate(tmp_path, there, prepare__timeout=4.0)
+    assert [row["clients"] for row in rows] == [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2, 3]]
+    assert table["events"] == [{"round": 4, "name": "node-3", "event": "joined"}]
+
+
+def test_a_node_that_returns_as_another_is_taken_for_what_it_is_now(tmp_path: Path) -> None:
+    """Node 2 starts as partition 3 by mistake, while nobody is partition 1; it is away in round 2, and returns as 1."""
+    nodes: dict[int, Any] = {}
+
+    def there(done: int) -> set[int]:
+        if done >= 2:
+            nodes[2]["partition-id"] = 1
+        return {1, 3} | (set() if done == 1 else {2})
+
+    rows, table = federate(tmp_path, there, {2: {"partition-id": 3}}, nodes, prepare__timeout=4.0)
+    assert [row["clients"] for row in rows] == [[0, 2, 3], [0, 2], [0, 1, 2], [0, 1, 2]]
+    assert [(event["round"], event["name"], event["event"]) for event in table["events"]] == [
+        (2, "node-3", "not connected"), (3, "node-1", "joined"),
+    ]  # fmt: skip
+
+
+def test_a_connected_nodes_place_is_not_taken_by_one_of_another_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Node 4 comes in round 2 as partition 1, which is b's; it gets the place in round 4, when b has left."""
+    names = {1: {"name": "a"}, 2: {"name": "b"}, 3: {"name": "c"}, 4: {"name": "d", "partition-id": 1}}
+
+    def there(done: int) -> set[int]:
+        return {1, 2, 3} - ({2} if done >= 3 else set()) | ({4} if done >= 1 else set())
+
+    rows, table = federate(tmp_path, there, names, prepare__timeout=4.0)
+    assert [row["clients"] for row in rows] == [[0, 1, 2]] * 4
+    assert [(event["round"], event["name"], event["event"]) for event in table["events"]] == [
+        (4, "b", "not connected"), (4, "d", "took the place of b"),
+    ]  # fmt: skip
+    refusals = [text for text in caplog.messages if "is refused" in text]
+    assert refusals == ["Round 2: node d is refused: its partition-id, 1, is that of b, which is connected; give it its own"]
+
+
+def test_a_client_is_not_trained_by_a_node_that_does_not_host_it(tmp_path: Path) -> None:
+    """Node 2 was restarted as another partition so fast that the server has not seen it leave."""
+    nodes: dict[int, Any] = {}
+
+    def there(done: int) -> set[int]:
+        if done >= 2:
+            nodes[2]["partition-id"] = 2
+        return {1, 2, 3, 4}
+
+    rows, _ = federate(tmp_path, there, node_configs=nodes)
+    assert [row["clients"] for row in rows] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 3], [0, 2, 3]]
+    assert rows[2]["left_out"]["1"].startswith("this node does not host client 1: it is partition 2 of 4")
+
+
+def test_nodes_that_differ_in_how_many_there_are_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"different num-partitions \(node 0: 4, node 1: 4, node 2: 4, node 3: 5\)"):
+        federate(tmp_path, lambda _: {1, 2, 3, 4}, {4: {"num-partitions": 5}}, prepare__timeout=4.0)
+
+
+def test_a_run_goes_on_where_the_only_client_that_is_drawn_is_not_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_client = client.prepare_client
+    config = parse_config(quick(tmp_path, fraction_train=0.25))
+    (broken,) = server.choose_clients(config, [0, 1, 2, 3], 1)
+
+    def prepare(config: Any, number: int, **kwargs: Any) -> Any:
+        if number == broken:
+            raise DataError("no image")
+        return prepare_client(config, number, **kwargs)
+
+    monkeypatch.setattr(client, "prepare_client", prepare)
+    rows, _ = federate(tmp_path, lambda _: {1, 2, 3, 4}, fraction_train=0.25)
+    assert len(rows) == 4 and all(len(row["clients"]) == 1 and broken not in row["clients"] for row in rows)
 
 
 def test_a_newcomer_with_other_code_is_refused_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

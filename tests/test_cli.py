@@ -249,6 +249,11 @@ def test_data_plot_draws_the_partition_of_the_settings(tmp_path: Path, capsys: p
     assert not (tmp_path / "no.png").exists()
 
 
+def test_data_plot_names_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "plot", "-c", "data.name='digits'", "--out", str(tmp_path)]) == 2
+    assert f"--out: {tmp_path} is a folder; give the name of a file" in capsys.readouterr().err
+
+
 def test_a_gallery_of_real_and_synthetic_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "pictures" / "gallery.png"
     assert cli.main(["generator", "gallery", "--data", "digits", "--threads", "1", "--out", str(out)]) == 0

@@ -113,6 +113,8 @@ def test_a_whole_number_serves_where_a_number_is_wanted() -> None:
         ("generator.name", "gan", "got 'gan' (str); allowed: diffusion | text-to-image | public-images"),
         ("balancing.sampling", True, "got True (bool); allowed: loss | random | none"),
         ("output-dir", 3, "got 3 (int); allowed: text"),
+        ("seed", 2**63, f"got {2**63}; Flower carries whole numbers of 64 bits, up to {2**63 - 1}"),
+        ("data.num-private", 10**30, f"got {10**30}; Flower carries whole numbers of 64 bits, up to {2**63 - 1}"),
     ],
 )
 def test_a_wrong_value_is_one_problem_that_names_key_value_and_what_is_allowed(key: str, value: object, wanted: str) -> None:
@@ -120,7 +122,8 @@ def test_a_wrong_value_is_one_problem_that_names_key_value_and_what_is_allowed(k
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("balancing.drop", 0.0), ("balancing.drop", 1.0), ("train.clip-norm", 0.0), ("seed", 0)]
+    ("key", "value"),
+    [("balancing.drop", 0.0), ("balancing.drop", 1.0), ("train.clip-norm", 0.0), ("seed", 0), ("seed", 2**63 - 1)],
 )
 def test_the_ends_of_a_range_are_allowed(key: str, value: float) -> None:
     assert flatten(parse_config({key: value}))[key] == value
@@ -175,6 +178,14 @@ def test_several_problems_are_reported_together() -> None:
         ({"data.path": "x.parquet"}, "data.path: got 'x.parquet'; the data set 'mnist5k' comes with a package"),
         ({"data.num-public": 10, "data.num-validation": 11}, "data.num-validation: got 11"),
         ({"balancing.alignment": False, "balancing.average-embeddings": True}, "balancing.average-embeddings: true"),
+        (
+            {"output-dir": "~no-such-user/runs"},
+            "output-dir: got '~no-such-user/runs'; this machine knows no such home directory",
+        ),
+        (
+            {"data.name": "folder", "data.path": "~no-such-user"},
+            "data.path: got '~no-such-user'; this machine knows no such home",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(run_config: dict[str, object], wanted: str) -> None:

@@ -25,6 +25,7 @@ from fbl_flower.data.datasets import DATASETS, DataParts, load_parts
 from fbl_flower.data.examples import concatenate
 from fbl_flower.data.readers import download
 from fbl_flower.data.readers.tiny_imagenet_names import TINY_IMAGENET
+from fbl_flower.data.sources import files_digest
 from fbl_flower.errors import ConfigError, DataError
 
 SHARED = Path(os.environ.get("FBL_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -287,6 +288,49 @@ def test_a_small_class_of_a_folder_is_in_every_part(tmp_path: Path) -> None:
     assert all(abs(few - sum((many, few)) / 4) < 1 for many, few in found)
 
 
+def test_a_class_is_one_however_its_accents_are_spelled(tmp_path: Path) -> None:
+    """As in archives of macOS, where the accent is a character of its own."""
+    composed, apart = "\u00c4pfel", "A\u0308pfel"
+    write_folder(tmp_path / "train", {composed: 4, "Birnen": 4})
+    write_folder(tmp_path / "test", {apart: 2, "Birnen": 2}, first=100)
+    parts = load_parts(folder(tmp_path, num_public=0))
+    assert parts.info.class_names == ("Birnen", composed)
+    assert parts.test.counts(2).tolist() == [2, 2] and parts.private.counts(2).tolist() == [4, 4]
+    for names in (f"{apart},Birnen", f"{composed},Birnen"):
+        assert load_parts(folder(tmp_path, classes=names, num_public=0)).info.class_names == (composed, "Birnen")
+    text = {"image": [png(i) for i in range(8)], "label": [composed, "Birnen"] * 4}
+    pyarrow.parquet.write_table(pyarrow.table(text), tmp_path / "text.parquet")
+    parts = load_parts(parquet(tmp_path / "text.parquet", classes=f"{apart},Birnen", num_test=2, num_public=0))
+    assert parts.private.counts(2).tolist() == [3, 3]
+
+
+def test_links_are_followed_and_those_that_lead_nowhere_are_passed_over(tmp_path: Path) -> None:
+    elsewhere, place = write_folder(tmp_path / "elsewhere", {"ant": 8, "bee": 8}), tmp_path / "links"
+    place.mkdir()
+    for name in ("ant", "bee"):
+        (place / name).symlink_to(elsewhere / name)
+    (place / ".#notes.txt").symlink_to("nowhere")  # as Emacs locks a file
+    (elsewhere / "ant" / "gone.txt").symlink_to("nowhere")
+    (elsewhere / "ant" / ".up").symlink_to(elsewhere)  # a walk must not go round in it
+    before = files_digest(str(place))
+    assert sum(sizes(folder(place))) == 16 and files_digest(str(place)) == before
+    save_image(elsewhere / "bee" / "new.png", (255, 10, 0))
+    assert sum(sizes(folder(place))) == 17 and files_digest(str(place)) != before
+    hugging_face(tmp_path / "shards" / "train.parquet", list(range(10)), [0, 1] * 5, ["even", "odd"])
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "data").symlink_to(tmp_path / "shards")
+    (tmp_path / "linked" / "data" / "._train.parquet").write_bytes(b"what macOS keeps of a file")
+    assert sum(sizes(parquet(tmp_path / "linked"))) == 10
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is closed to the superuser")
+def test_a_class_directory_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"ant": 8, "bee": 8})
+    (tmp_path / "bee").chmod(0)
+    with pytest.raises(DataError, match=r"data.path: .*bee cannot be read \(Permission denied\); mend its permissions"):
+        load_parts(folder(tmp_path))
+
+
 def test_grey_images_of_16_bits_are_scaled_and_others_of_more_bits_refused(tmp_path: Path) -> None:
     """65535 is white, 257 x 100 is 100 of 255; 32 bits have no white that is known."""
     write_folder(tmp_path, {"ant": 8, "bee": 8})
@@ -294,10 +338,12 @@ def test_grey_images_of_16_bits_are_scaled_and_others_of_more_bits_refused(tmp_p
         Image.fromarray(np.array([[0, 25700], [60000, 65535]], dtype=np.uint16).repeat(4, 0).repeat(4, 1)).save(
             tmp_path / "ant" / f"deep.{suffix}"
         )
+    pixels = np.array([[0, 392], [914, 1000]], dtype=">u2").repeat(4, 0).repeat(4, 1)  # white is what its head says
+    (tmp_path / "ant" / "deep.pgm").write_bytes(b"P5 8 8 1000\n" + pixels.tobytes())
     parts = load_parts(folder(tmp_path, num_test=1, num_public=0))
     images = torch.cat([parts.test.images, parts.private.images])
     deep = [image for image in images if image[0, 7, 7] == 255]
-    assert len(deep) == 2 and all(image[:, ::4, ::4].tolist() == [[[0, 100], [233, 255]]] * 3 for image in deep)
+    assert len(deep) == 3 and all(image[:, ::4, ::4].tolist() == [[[0, 100], [233, 255]]] * 3 for image in deep)
     Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "ant" / "float.tif")
     with pytest.raises(DataError, match=r"float.tif: not an image \(Pillow's mode F, 32 bits a pixel; wanted 8 or 16 bits\)"):
         load_parts(folder(tmp_path))
@@ -588,6 +634,25 @@ def test_a_data_sets_own_folders_may_be_configurations_or_splits(tmp_path: Path,
             load(url)
     for url in ("/own/small", "@v1/full", "/split", "/plain"):
         assert len(load(url).test) == 10
+    with pytest.raises(
+        DataError, match=f"several configurations: full, small; .* choose one, such as {tmp_path / 'own' / 'full'}, or"
+    ):
+        load_parts(parquet(tmp_path / "own"))  # as a copy of the repository has them
+    for place in ("own/full", "split", "plain"):
+        assert len(load_parts(parquet(tmp_path / place)).test) == 10
+
+
+def test_revisions_with_a_slash_and_folders_of_their_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for state, values in (("main", [1]), ("tag", [2]), ("converted", [3])):
+        for place in ("data", "v2"):
+            hugging_face(tmp_path / state / place / "train.parquet", values * 10, [0, 1] * 5, ["even", "odd"])
+    Hub(monkeypatch, {None: tmp_path / "main", "v2": tmp_path / "tag", "refs/convert/parquet": tmp_path / "converted"})
+    for url, value in (("@refs/convert/parquet/data", 3), ("@v2/data", 2), ("/v2", 1), ("@v2/v2", 2)):
+        parts = load_parts(DataConfig(name="parquet", path=f"hf://datasets/somebody/leaves{url}", num_public=0))
+        assert parts.private.images.unique().tolist() == [value]
 
 
 def test_other_formats_are_taken_from_the_hubs_own_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from fbl_flower.commands import experiments
 from fbl_flower.commands.experiments import Row, identity, read_rows
+from fbl_flower.commands.overrides import read_overrides
 from fbl_flower.config import flatten, parse_config
 from fbl_flower.errors import ConfigError
 
@@ -125,6 +127,14 @@ def test_overrides_from_the_command_line(tmp_path: Path) -> None:
         "-c: seed: the sweep itself sets it; leave it out",
         "-c: data.alfa: unknown key; did you mean data.alpha?",
     ]
+
+
+@pytest.mark.parametrize("text", ['a "nice" photo of {name}', "a child's {name}", "plain", "C:\\images"])
+def test_the_command_of_a_row_gives_its_text_again(tmp_path: Path, text: str) -> None:
+    folder = write(tmp_path / "set", a=row_text("data.name = 'cifar10'"))
+    (row,) = read_rows([folder], overrides={"generator.prompt": text})
+    words = shlex.split(row.command((0,)))
+    assert read_overrides([words[words.index("-c") + 1]]) == {"generator.prompt": text}
 
 
 def test_a_result_is_of_the_settings_that_change_numbers(tmp_path: Path) -> None:

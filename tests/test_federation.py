@@ -153,15 +153,15 @@ def test_balancing_switched_off_is_fedavg_bit_for_bit(tmp_path: Path) -> None:
     assert metrics(fedavg.run_dir) == metrics(nothing.run_dir)
 
 
-def test_batch_norms_counts_of_batches_are_averaged_and_kept_in_checkpoints(tmp_path: Path) -> None:
-    """They are single whole numbers: two clients of 30 images in batches of 32 take one batch each."""
+def test_batch_norms_counts_of_batches_do_not_tell_the_size_of_a_clients_set(tmp_path: Path) -> None:
+    """Two clients of 30 images in batches of 32 take one batch each; what is sent says none. Checkpoints hold these single whole numbers."""
     settings = quick(
         tmp_path, model__name="resnet18", model__stem="32x32", model__norm="batch", data__num_private=60, data__partition="iid",
         num_clients=2, fraction_train=1.0, num_server_rounds=1, checkpoint_every=1, balancing__enabled=False,
     )  # fmt: skip
     run_dir = run_local(settings).run_dir
     counts = [array for name, array in load_file(run_dir / "model.safetensors").items() if name.endswith("num_batches_tracked")]
-    assert len(counts) == 20 and all(count.shape == () and count == 1 for count in counts)
+    assert len(counts) == 20 and all(count.shape == () and count == 0 for count in counts)
     resumed = run_local(settings | {"resume": str(run_dir), "num-server-rounds": 2})
     assert resumed.summary["status"] == "completed"
 
@@ -343,6 +343,13 @@ def test_choose_clients_depends_on_seed_and_round_only() -> None:
     assert all(len(set(r)) == 5 and r == sorted(r) for r in rounds)
     assert {k for r in rounds for k in r} == set(range(10))
     assert rounds[0] == server.choose_clients(config, list(range(10)), 1)
+    one = parse_config({"num-clients": 10, "fraction-train": 0.1})
+    for server_round in range(1, 40):  # nobody else is chosen only if there is nobody else
+        (drawn,) = server.choose_clients(one, list(range(10)), server_round)
+        (other,) = server.choose_clients(one, list(range(10)), server_round, unprepared={drawn})
+        assert other != drawn
+        assert server.choose_clients(one, list(range(10)), server_round, unprepared={other, 11}) == [drawn]
+        assert server.choose_clients(one, list(range(10)), server_round, unprepared=set(range(10))) == [drawn]
 
 
 def test_ask_reports_each_answer_and_keeps_order() -> None:

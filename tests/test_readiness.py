@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +157,6 @@ def test_a_disk_that_fills_up_while_it_trains_is_told_by_name(tmp_path: Path, mo
 
 
 def an_old_run(folder: Path, name: str, days: float) -> Path:
-    import os
-    import time
-
     run = folder / name
     (run / "client-0000").mkdir(parents=True)
     (run / "client-0000" / "round-000001.safetensors").write_bytes(b"x")
@@ -177,10 +176,15 @@ def test_state_of_old_runs_is_removed_and_nothing_else(tmp_path: Path) -> None:
     (folder / elsewhere.name).symlink_to(elsewhere)
     touched = an_old_run(folder, "20260105-101010-abcdef", 31)
     (touched / "client-0000" / "round-000002.safetensors").write_bytes(b"x")
+    deeper = an_old_run(folder, "20260106-101010-abcdef", 31)
+    (deeper / "client-0000" / "scaffold").mkdir()
+    (deeper / "client-0000" / "scaffold" / "round-000002.safetensors").write_bytes(b"x")
+    long_ago = time.time() - 31 * 86400
+    os.utime(deeper / "client-0000", (long_ago, long_ago))
     assert remove_old_runs(folder, days=0, keep="") == []
     assert remove_old_runs(folder, days=30, keep=going_on.name) == [old.name]
     assert not old.exists() and not half_removed.exists()
-    for path in (young, going_on, others, touched, elsewhere):
+    for path in (young, going_on, others, touched, deeper, elsewhere):
         assert (path / "client-0000" / "round-000001.safetensors").exists()
     assert remove_old_runs(tmp_path / "nowhere", days=30, keep="") == []
 

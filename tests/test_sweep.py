@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fbl_flower import cli
 from fbl_flower.claim import Claim
 from fbl_flower.commands import sweep
 from fbl_flower.commands.experiments import read_rows
@@ -267,6 +269,24 @@ def test_results_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     (out / "1-a" / "0.json").write_text("{")
     with pytest.raises(ConfigError, match="damaged"):
         run_sweep(read_rows([file]), (0,), out=out, num_jobs=1, start=succeed)
+
+
+def test_a_damaged_result_of_a_row_that_is_not_asked_for_is_left_out(tmp_path: Path) -> None:
+    files, out = [write_row(tmp_path, name) for name in ("1-a", "2-b")], tmp_path / "out"
+    known = read_rows(files)
+    run_sweep(known[1:], (0, 1), out=out, num_jobs=1, start=succeed, known=known)
+    (out / "2-b" / "1.json").write_text("<<<<<<< HEAD")
+    assert run_sweep(known[:1], (0, 1), out=out, num_jobs=1, start=succeed, known=known) == []
+    a, b = (table_lines(row, (0, 1), out)[-1].accuracies for row in known)
+    assert (a, b) == ({0: 0.5, 1: 0.6}, {0: 0.5}) and "| 2-b |" in (out / "table.md").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is closed to the superuser")
+def test_a_folder_of_results_that_may_not_be_written_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir(mode=0o555)
+    assert cli.main(["sweep", str(write_row(tmp_path, "1-a")), "--out", str(out)]) == 2
+    assert f"--out: {out} may not be written" in capsys.readouterr().err
 
 
 def test_table_numbers_by_hand() -> None:

@@ -16,9 +16,9 @@ from fbl_flower.claim import Claim
 from fbl_flower.commands import sweep, sweep_job
 from fbl_flower.commands.experiments import Row, read_rows
 from fbl_flower.commands.job_memory import MemoryGate, memory_of
-from fbl_flower.commands.sweep_job import remove_run, run_one, unfinished_otherwise
-from fbl_flower.config import Value, to_toml
-from fbl_flower.errors import ConfigError
+from fbl_flower.commands.sweep_job import folder_of_runs, remove_run, run_one, unfinished_otherwise
+from fbl_flower.config import Value, flatten, to_toml
+from fbl_flower.errors import ConfigError, RunFailed
 from fbl_flower.federation.local import run_local
 
 SETS = sorted((Path(__file__).parents[1] / "experiments").glob("0*"))
@@ -74,6 +74,29 @@ def test_an_unfinished_run_with_other_settings_is_kept_and_named(tmp_path: Path,
         sweep.run_sweep([row], (0,), out=out, num_jobs=1)
     assert caught.value.problems == [named]
     assert job(monkeypatch, row, 0, out / row.name / "0.json") == 1 and (run_dir / "checkpoint.safetensors").is_file()
+
+
+def test_an_unfinished_run_with_another_generator_is_kept_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "mine" / "recipe.json"
+    recipe.parent.mkdir()
+    recipe.write_text("first")
+    row, out = make_row(tmp_path, generator__path=str(recipe.parent)), tmp_path / "out" / "row" / "0.json"
+    keep = folder_of_runs(out)
+
+    def killed(row: Row, seed: int, *, keep: Path) -> None:
+        (keep / "a-run").mkdir()
+        raise RunFailed("killed")
+
+    monkeypatch.setattr(sweep_job, "run_one", killed)
+    assert job(monkeypatch, row, 0, out) == 1
+    (keep / "a-run" / "config.toml").write_text(to_toml(flatten(sweep_job._config(row, 0, keep))))
+    assert unfinished_otherwise(row, 0, keep) == []
+    before = row.identity["generator.path"]
+    recipe.write_text("retrained")
+    again = read_rows([row.file])[0]
+    (problem,) = unfinished_otherwise(again, 0, keep)
+    assert problem.startswith(f"{keep / 'a-run'}: begun with other settings (generator.path: {before!r}, now 'mine@")
+    assert job(monkeypatch, again, 0, out) == 1 and (keep / "a-run").is_dir() and not out.exists()
 
 
 def job(monkeypatch: pytest.MonkeyPatch, row: Row, seed: int, out: Path, *more: str) -> int:

@@ -34,8 +34,9 @@ def remove_old_runs(folder: Path, *, days: float, keep: str) -> list[str]:
         if not _RUN.fullmatch(run.name) or run.name == keep:
             continue
         with contextlib.suppress(OSError):  # another process was faster, or may do what this one may not
-            # A state is a new file in its client's folder each time, so the folder's own time tells when the last was written.
-            if max(path.stat().st_mtime for path in (run, *run.iterdir())) < oldest:
+            # A state is a new file in its folder each time, so the folder's own time tells when the last was written.
+            folders = [run, *(path for path in run.rglob("*") if path.is_dir())]
+            if max(path.stat().st_mtime for path in folders) < oldest:
                 going = run.with_name(_GOING + run.name)
                 run.rename(going)
                 shutil.rmtree(going, ignore_errors=True)

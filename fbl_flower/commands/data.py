@@ -6,6 +6,7 @@ import argparse
 
 import numpy as np
 
+from fbl_flower.commands.json_file import check_place, unwritable_file
 from fbl_flower.commands.overrides import chosen_config
 from fbl_flower.config import RunConfig
 from fbl_flower.data.corruption import believed_labels
@@ -17,12 +18,15 @@ from fbl_flower.reporting.pictures import partition_picture
 def plot(options: argparse.Namespace) -> None:
     """Draw each client's class counts, and print how unequal the clients are."""
     config, _ = chosen_config(options.config)
+    check_place(options.out, make_folder=True)
     parts = load_parts(config.data)
     labels, num_classes = believed_labels(config, parts).numpy(), parts.info.num_classes
     counts = np.stack([np.bincount(labels[owned], minlength=num_classes) for owned in partition(labels, config)])
-    partition_picture(
-        counts, parts.info.class_names, f"{parts.info.name}, {_described(config)}, seed {config.seed}", options.out
-    )
+    title = f"{parts.info.name}, {_described(config)}, seed {config.seed}"
+    try:
+        partition_picture(counts, parts.info.class_names, title, options.out)
+    except OSError as error:
+        raise unwritable_file(options.out, error) from error
     sizes, classes = counts.sum(1), (counts > 0).sum(1)
     print(
         f"{options.out}: {len(counts)} clients with {sizes.min()} to {sizes.max()} images (median {np.median(sizes):g}) "

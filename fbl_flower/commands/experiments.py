@@ -65,7 +65,7 @@ class Row:
         """Return the command that gives the row's line again; a path on this machine is no part of it."""
         needed = {key: value for key, value in self.overrides.items() if key == "data.path" or key not in _NO_NUMBERS}
         shown = {key: "PATH" if key.endswith(".path") else value for key, value in needed.items()}
-        pairs = to_toml(shown).replace(" = ", "=").split("\n")[:-1]
+        pairs = [f"{key}={_for_command_line(value)}" for key, value in shown.items()]
         parts = ["fbl-flower", "sweep", str(self.file)]
         parts += ["--size", self.size] if self.size else []
         parts += ["--target-accuracy", f"{self.target:g}"] if self.target_overridden else []
@@ -103,6 +103,13 @@ def identity(config: RunConfig, kind: str = "federation") -> dict[str, Value]:
         folder = bundled_generator(info.name, config.data.image_size or info.image_size)
         settings[_BUNDLED] = f"{folder.name}@{_digest(folder)}"
     return settings
+
+
+def _for_command_line(value: Value) -> str:
+    """Write a value as `-c` takes it, which knows no escapes: text with a double quote goes between single ones."""
+    if isinstance(value, str) and '"' in value:
+        return f"'{value}'"
+    return to_toml({"key": value}).split(" = ", 1)[1].rstrip("\n")
 
 
 def _generates(config: RunConfig, kind: str) -> bool:

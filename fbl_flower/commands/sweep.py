@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fbl_flower.claim import Claim
 from fbl_flower.commands.experiments import Row, check_rows, read_beside, twins
 from fbl_flower.commands.job_memory import MemoryGate
 from fbl_flower.commands.sweep_job import LEFT, folder_of_runs, unfinished_otherwise
-from fbl_flower.commands.sweep_table import write_pictures, write_table
+from fbl_flower.commands.sweep_table import read_result, results_of, unusable, write_pictures, write_table
 from fbl_flower.config import RunConfig, Value
 from fbl_flower.errors import ConfigError, FBLError
 
@@ -100,6 +100,8 @@ def sweep_command(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError([f"--out: {out} cannot be made or is no folder ({error.strerror}); choose another"]) from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ConfigError([f"--out: {out} may not be written; mend its permissions, or choose another"])
     known = read_beside(rows, size=size, overrides=overrides, target=target)
     known = [replace(row, notes=(note, *row.notes)) for row in known] if note else known
     failed = run_sweep(rows, seeds, out=out, num_jobs=num_jobs, known=known)
@@ -142,7 +144,9 @@ def run_sweep(
     A job that another sweep is running is left to it, and taken up at the end if that sweep did not finish it.
     """
     jobs = [Job(row=row, seed=seed, result=out / row.name / f"{seed}.json") for seed in seeds for row in rows]
-    problems = [problem for job in jobs for problem in (_stale(job) if job.result.exists() else _begun_otherwise(job))]
+    problems = [
+        problem for job in jobs for problem in (unusable(job.row, job.result) if job.result.exists() else _begun_otherwise(job))
+    ]
     if problems:
         raise ConfigError(problems)
     waiting = [job for job in jobs if not job.result.exists()]
@@ -150,7 +154,7 @@ def run_sweep(
     left: list[Job] = []
     running: list[tuple[Job, Process]] = []
     start = start or _start
-    gate = MemoryGate([peak for job in jobs if job.result.exists() and (peak := _result(job).get("peak_bytes"))])
+    gate = MemoryGate([peak for job in jobs if job.result.exists() and (peak := read_result(job.result).get("peak_bytes"))])
     try:
         while waiting or running or left:
             if left and not waiting and not running:
@@ -168,7 +172,7 @@ def run_sweep(
                     continue
                 if not job.result.exists():
                     failed.append(job)
-                elif peak := _result(job).get("peak_bytes"):
+                elif peak := read_result(job.result).get("peak_bytes"):
                     gate.learn(peak)
                 print(f"{job.row.name}, seed {job.seed}: {_outcome(job)}; {len(waiting)} to start", flush=True)
                 write_table(*whole_table(rows, seeds, out=out, known=known), out)
@@ -196,7 +200,7 @@ def whole_table(
         known: The rows of the same folders, in their order; those whose results there have other settings are left out.
     """
     asked = {row.name for row in rows}
-    found = {row.name: _seeds_of(row, out) for row in (*known, *rows)}
+    found = {row.name: list(results_of(row, out)) for row in (*known, *rows)}
     others = [
         row for row in known if row.name not in asked and found[row.name] and row.config.data.evaluate_on == _scored(rows)
     ]
@@ -207,12 +211,6 @@ def whole_table(
 
 def _scored(rows: Sequence[Row]) -> str:
     return rows[0].config.data.evaluate_on
-
-
-def _seeds_of(row: Row, out: Path) -> list[int]:
-    """Return the seeds whose results in `out` are those of `row` as it is now."""
-    files = [file for file in (out / row.name).glob("*.json") if file.stem.isdecimal()]
-    return [int(file.stem) for file in files if not _stale(Job(row=row, seed=int(file.stem), result=file))]
 
 
 def _what_it_needs(row: Row) -> RunConfig:
@@ -248,20 +246,6 @@ def _start(job: Job) -> Process:
         )
 
 
-def _stale(job: Job) -> list[str]:
-    """Say why a result that is there cannot stand for its job."""
-    try:
-        result = _result(job)
-        differences = job.row.differences(result)
-        if missing := [f"{number}" for number in job.row.report_rounds if str(number) not in result["accuracy"]]:
-            differences.append(f"no accuracy of round {', '.join(missing)}")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        return [f"{job.result}: damaged ({error}); delete it, and it is run again"]
-    if not differences:
-        return []
-    return [f"{job.result}: made with other settings ({'; '.join(differences)}); delete it, or use another --out"]
-
-
 def _begun_otherwise(job: Job) -> list[str]:
     """Say why a run that was killed cannot be gone on with for its job."""
     return unfinished_otherwise(job.row, job.seed, folder_of_runs(job.result))
@@ -270,9 +254,5 @@ def _begun_otherwise(job: Job) -> list[str]:
 def _outcome(job: Job) -> str:
     if not job.result.exists():
         return f"failed, see {job.log}"
-    result = _result(job)
+    result = read_result(job.result)
     return f"{100 * result['accuracy'][str(job.row.report_rounds[-1])]:.2f} % in {result['seconds']:.0f} s"
-
-
-def _result(job: Job) -> dict[str, Any]:
-    return json.loads(job.result.read_text(encoding="utf-8"))

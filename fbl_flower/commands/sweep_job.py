@@ -29,6 +29,7 @@ from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
 _PATIENCE = 5.0  # seconds for a job whose sweep was killed to end
 LEFT = 3  # exit code of a job that another process is running
 _ROUNDS = "num-server-rounds"
+_IDENTITY = "identity.json"  # beside the runs of a job: what decides their numbers, generators and images by content
 _BYTES = ("bytes_to_clients", "bytes_from_clients")
 
 
@@ -75,12 +76,12 @@ def folder_of_runs(result: Path) -> Path:
 
 
 def unfinished_otherwise(row: Row, seed: int, keep: Path) -> list[str]:
-    """Name the runs that were killed in `keep` and cannot be gone on with, because they have other settings."""
+    """Name the runs that were killed in `keep` and cannot be gone on with: they have other settings, another generator or other images."""
     from fbl_flower.config import flatten
     from fbl_flower.reporting.rundir import RunDirectory, changed_settings
 
     now, problems = flatten(_config(row, seed, keep)), []
-    for found in sorted(keep.iterdir()) if keep.is_dir() else ():
+    for found in _runs_in(keep):
         try:
             before = RunDirectory(found).read_settings()
         except (OSError, ValueError):  # no run, or killed while it began
@@ -88,17 +89,35 @@ def unfinished_otherwise(row: Row, seed: int, keep: Path) -> list[str]:
         changed = changed_settings(before, now)
         if before.get(_ROUNDS) != now[_ROUNDS]:  # a run may be prolonged, a row has its length
             changed[_ROUNDS] = before.get(_ROUNDS), now[_ROUNDS]
-        if changed:
-            text = "; ".join(f"{key}: {then!r}, now {value!r}" for key, (then, value) in changed.items())
+        differences = [f"{key}: {then!r}, now {value!r}" for key, (then, value) in changed.items()]
+        if text := "; ".join(differences or _other_content(row, keep)):
             problems.append(f"{found}: begun with other settings ({text}); delete it, or use another --out")
     return problems
+
+
+def note_identity(row: Row, keep: Path) -> None:
+    """Note beside a job's runs what decides their numbers, before the first of them begins."""
+    if not _runs_in(keep):
+        write_json(keep / _IDENTITY, {"kind": row.kind, "config": row.identity})
+
+
+def _other_content(row: Row, keep: Path) -> list[str]:
+    """Name what the runs in `keep` were begun with and is not there any more; nothing where that was not noted."""
+    try:
+        return row.differences(json.loads((keep / _IDENTITY).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return []
+
+
+def _runs_in(keep: Path) -> list[Path]:
+    return sorted(run for run in keep.iterdir() if run.is_dir()) if keep.is_dir() else []
 
 
 def remove_run(row: Row, seed: int, keep: Path) -> None:
     """Remove what a finished job's federation left: its run directories, and what its clients remember of them."""
     from fbl_flower.federation.client import state_folder
 
-    for run in keep.iterdir() if keep.is_dir() else ():
+    for run in _runs_in(keep):
         shutil.rmtree(state_folder(row.config.state_dir, run.name, 0).parent, ignore_errors=True)
     shutil.rmtree(keep, ignore_errors=True)
     with contextlib.suppress(OSError):  # other seeds' runs are there
@@ -133,7 +152,7 @@ def _earlier_part(config: RunConfig) -> tuple[str, float]:
     from fbl_flower.reporting.rundir import RunDirectory
 
     folder = Path(config.output_dir)
-    for found in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():
+    for found in reversed(_runs_in(folder)):
         try:
             run, point = RunDirectory.reopen(replace(config, resume=str(found)))
         except StateError as error:
@@ -178,11 +197,13 @@ def main() -> int:
         row = read_rows([options.row], size=options.size, overrides=options.overrides)[0]
         if problems := unfinished_otherwise(row, options.seed, keep):
             raise ConfigError(problems)
+        note_identity(row, keep)
         result = run_one(row, options.seed, keep=keep)
     except FBLError as error:
         print(f"failed: {error}")
-        with contextlib.suppress(OSError):  # a run that can be gone on with is there
-            keep.rmdir()
+        if not _runs_in(keep):  # nothing that can be gone on with
+            shutil.rmtree(keep, ignore_errors=True)
+        claim.release()
         return 1
     write_json(out, result)
     remove_run(row, options.seed, keep)

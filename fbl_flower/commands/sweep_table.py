@@ -110,11 +110,35 @@ def source_of_synthetic(row: Row) -> str:
     return ", ".join(filter(None, [*parts, f"noise {g.noise:g}" if g.noise else ""]))
 
 
+def results_of(row: Row, out: Path) -> Results:
+    """Return the results that are there, by seed; those that cannot stand for the row (`unusable`) are left out."""
+    files = [file for file in (out / row.name).glob("*.json") if file.stem.isdecimal()]
+    return {int(file.stem): read_result(file) for file in files if not unusable(row, file)}
+
+
+def unusable(row: Row, file: Path) -> list[str]:
+    """Say why a result that is there cannot stand for a row."""
+    try:
+        result = read_result(file)
+        differences = row.differences(result)
+        if missing := [f"{number}" for number in row.report_rounds if str(number) not in result["accuracy"]]:
+            differences.append(f"no accuracy of round {', '.join(missing)}")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        return [f"{file}: damaged ({error}); delete it, and it is run again"]
+    if not differences:
+        return []
+    return [f"{file}: made with other settings ({'; '.join(differences)}); delete it, or use another --out"]
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """Read one result."""
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result
+
+
 def _results(row: Row, seeds: Sequence[int], out: Path) -> Results:
-    """Return the results that are there, by seed; one that was made with other settings is another row's."""
-    files = {seed: out / row.name / f"{seed}.json" for seed in seeds}
-    there = {seed: json.loads(file.read_text(encoding="utf-8")) for seed, file in files.items() if file.exists()}
-    return {seed: result for seed, result in there.items() if not row.differences(result)}
+    there = results_of(row, out)
+    return {seed: there[seed] for seed in seeds if seed in there}
 
 
 def _by_round(result: Mapping[str, Any], name: str) -> dict[int, float]:

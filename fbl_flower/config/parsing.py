@@ -15,6 +15,8 @@ from fbl_flower.config.options import Value
 from fbl_flower.config.tree import RunConfig, conflicts
 from fbl_flower.errors import ConfigError
 
+_MOST = 2**63 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -97,6 +99,8 @@ def _leaves(cls: type, prefix: str = "") -> dict[str, tuple[Any, type]]:
 
 def _checked(key: str, value: Any, kind: type, meta: types.MappingProxyType[Any, Any]) -> Value:
     right_type = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+    if kind is int and right_type and not -_MOST - 1 <= value <= _MOST:
+        raise ValueError(f"{key}: got {value}; Flower carries whole numbers of 64 bits, up to {_MOST}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value, right_type = float(value) if abs(value) < 2**1000 else math.inf, True
     in_range = right_type and (kind in (bool, str) or (meta["low"] <= value <= meta["high"] and value > meta["above"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 
 from fbl_flower.config.options import option
@@ -44,8 +45,9 @@ class DataConfig:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names in `classes`, without the blanks around them; none where it is empty."""
-        return tuple(name.strip() for name in self.classes.split(",")) if self.classes.strip() else ()
+        """The names in `classes`, without the blanks around them, in Unicode's form NFC; none where it is empty."""
+        text = unicodedata.normalize("NFC", self.classes)
+        return tuple(name.strip() for name in text.split(",")) if text.strip() else ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fbl_flower.config.machines import PrepareConfig, TransportConfig
 from fbl_flower.config.methods import (
@@ -74,6 +75,12 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
     """Name the settings that are fine alone and wrong together, each problem with the keys that it is about."""
     d, b, g = config.data, config.balancing, config.generator
     found: list[tuple[tuple[str, ...], str]] = []
+    places = {"output-dir": config.output_dir, "state-dir": config.state_dir, "resume": config.resume}
+    for key, place in (places | {"data.path": d.path, "generator.path": g.path}).items():
+        try:
+            Path(place).expanduser()
+        except RuntimeError:
+            found.append(((key,), f"{key}: got {place!r}; this machine knows no such home directory; give the whole path"))
     if d.name in (*OWN, "tiny-imagenet") and not d.path:
         text = f"data.path: empty; the data set {d.name!r} needs the path of its images (see docs/data.md)"
         found.append((("data.name", "data.path"), text))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from fbl_flower.data.readers.folders import read_folder, read_tiny_imagenet
 from fbl_flower.data.readers.hub import PREFIX, hub_path
 from fbl_flower.data.readers.originals import read_cifar, read_fashion_mnist
 from fbl_flower.data.readers.packaged import read_digits, read_mnist5k
-from fbl_flower.data.readers.parquet import read_parquet
-from fbl_flower.data.readers.source import ImageFormat, Source
+from fbl_flower.data.readers.parquet import parquet_files, read_parquet
+from fbl_flower.data.readers.source import ImageFormat, Source, walk
 from fbl_flower.errors import ConfigError, DataError
 
 _PARQUET = "the parquet file of {0}, a folder of them"
@@ -57,11 +56,11 @@ def files_digest(path: str) -> str:
     if root.is_file():
         return hashlib.sha256(str(root.stat().st_size).encode()).hexdigest()[:12]
     digest = hashlib.sha256()
-    for folder, inner, names in os.walk(root):
-        inner.sort()
-        for name in sorted(names):
-            file = Path(folder) / name
-            digest.update(f"{file.relative_to(root).as_posix()}\0{file.stat().st_size}\n".encode())
+    for folder, names in walk(root):
+        for file in (folder / name for name in sorted(names)):
+            if file.is_file():  # a link may lead nowhere
+                text = f"{file.relative_to(root).as_posix()}\0{file.stat().st_size}\n"
+                digest.update(text.encode(errors="surrogateescape"))
     return digest.hexdigest()[:12]
 
 
@@ -69,8 +68,8 @@ def newest_change(path: Path) -> int:
     """Return a number that changes when files are added, removed, or, directly in `path`, written anew."""
     stamps = [path.stat().st_mtime_ns]
     if path.is_dir():
-        stamps += [entry.stat().st_mtime_ns for entry in path.iterdir()]
-        stamps += [os.stat(folder).st_mtime_ns for folder, _, _ in os.walk(path)]
+        stamps += [(entry.stat() if entry.exists() else entry.lstat()).st_mtime_ns for entry in path.iterdir()]
+        stamps += [folder.stat().st_mtime_ns for folder, _ in walk(path)]
     return hash(tuple(stamps))
 
 
@@ -129,7 +128,7 @@ def _read(config: DataConfig, path: Path | None, wanted: ImageFormat) -> Source:
     if path is None:
         images = read_mnist5k() if config.name == "mnist5k" else read_digits()
         return Source(class_names=wanted.class_names or (), train=images, test=None)
-    in_parquet = config.name not in ("folder", "eurosat", "fashion-mnist") and (path.is_file() or any(path.rglob("*.parquet")))
+    in_parquet = config.name not in ("folder", "eurosat", "fashion-mnist") and (path.is_file() or bool(parquet_files(path)))
     match config.name:
         case "parquet":
             return read_parquet(path, wanted, needs_test=False)

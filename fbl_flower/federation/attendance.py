@@ -63,6 +63,7 @@ class Attendance:
         self._known = set(self._connected)  # nodes that said who they are, or are about to
         self._waited_for = set(self._connected)
         self._asked: dict[str, int] = {}  # messages that ask it, and to which node
+        self._refused: dict[int, str] = {}  # why, by node
         self._unprepared = dict.fromkeys(range(roster.num_clients), NOT_ASKED)
         before = run.read_json("nodes.json")
         self._events: list[dict[str, Any]] = before.get("events", [])
@@ -75,6 +76,10 @@ class Attendance:
     def away(self) -> dict[int, str]:
         """Return the clients whose nodes were there and are not connected now, with that as the reason."""
         return {client: AWAY for client, node in self.roster.node_of.items() if node not in self._connected}
+
+    def unprepared(self) -> set[int]:
+        """Return the clients that are not prepared, as far as is known."""
+        return set(self._unprepared)
 
     def prepared(self, clients: Iterable[int], failures: Mapping[int, str]) -> None:
         """Note which clients are prepared and why others are not, and write the table if that has changed."""
@@ -128,15 +133,16 @@ class Attendance:
             self._look(server_round, patience=min(_PATIENCE, timeout))
 
     def _look(self, server_round: int, *, patience: float) -> None:
-        nodes, before, known = set(self._grid.get_node_ids()), set(self._connected), set(self._known)
+        nodes, before = set(self._grid.get_node_ids()), set(self._connected)
         self._connected = nodes
-        if self._asked or nodes - self._known:
-            self._welcome(nodes - self._known, server_round, patience=patience)
         for place, member in sorted(self.roster.members.items()):
             if member.node in before - nodes:
                 self._event(server_round, place, "not connected")
-            elif member.node in nodes - before and member.node in known:
-                self._event(server_round, place, "connected again")
+        # Who was away may be another when it returns: a node that was restarted has its old id, and perhaps another partition or method.
+        self._known &= nodes
+        self._waited_for &= nodes
+        if self._asked or nodes - self._known:
+            self._welcome(nodes - self._known, server_round, patience=patience)
         if nodes != before:
             self._write()
 
@@ -161,24 +167,36 @@ class Attendance:
             time.sleep(_PAUSE)
 
     def _admit(self, node: int, description: NodeDescription, server_round: int) -> None:
+        """Give a node the place that it asks for, or none."""
+        others = {place: member for place, member in self.roster.members.items() if member.node != node}
+        if objection := self._objection(node, description):
+            if self._refused.get(node) != objection:
+                log(WARNING, "Round %d: node %s is refused: %s", server_round, description.name, objection)
+                self._refused[node] = objection
+            self.roster = replace(self.roster, members=others)
+            return
+        self._refused.pop(node, None)
+        place, before = description.partition_id, self.roster.members.get(description.partition_id)
+        what = "joined" if before is None else "connected again" if before.node == node else "came back under another id"
+        if before is not None and before.description.name != description.name:
+            what = f"took the place of {before.description.name}"
+        self.roster = replace(self.roster, members=others | {place: Member(node=node, description=description)})
+        self._event(server_round, place, what)
+
+    def _objection(self, node: int, description: NodeDescription) -> str:
         place, roster = description.partition_id, self.roster
         if description.code != code_fingerprint() or description.num_partitions != roster.num_partitions:
-            log(
-                WARNING,
-                "Round %d: node %s is refused: it runs other code than the server, or has another num-partitions than %d",
-                server_round, description.name, roster.num_partitions,
-            )  # fmt: skip
-            return
+            return f"it runs other code than the server, or has another num-partitions than {roster.num_partitions}"
         if not 0 <= place < roster.num_partitions:
-            log(WARNING, "Round %d: node %s is refused: its partition-id is %d", server_round, description.name, place)
-            return
+            return f"its partition-id is {place}"
         if problems := stated_problems(description.capability, description.method):
-            log(WARNING, "Round %d: node %s is refused: %s", server_round, description.name, "; ".join(problems))
-            return
-        # A node that restarted without a key of its own has a new id, and its old one seems connected for up to a minute.
-        returned = place in roster.members
-        self.roster = replace(roster, members=roster.members | {place: Member(node=node, description=description)})
-        self._event(server_round, place, "came back under another id" if returned else "joined")
+            return "; ".join(problems)
+        # A node that restarted without a key of its own has a new id and its old name, and its old id seems connected for up to a minute.
+        holder = roster.members.get(place)
+        if holder and holder.node != node and holder.node in self._connected and holder.description.name != description.name:
+            self._known.discard(node)  # to be asked again: the other may leave
+            return f"its partition-id, {place}, is that of {holder.description.name}, which is connected; give it its own"
+        return ""
 
     def _event(self, server_round: int, place: int, what: str) -> None:
         row = self._row(place)

@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from fbl_flower.balancing.old_state import remove_old_runs
 from fbl_flower.balancing.state import StateStore
 from fbl_flower.config import RunConfig, Value, parse_config
-from fbl_flower.errors import DataError, FBLError
+from fbl_flower.errors import DataError, FBLError, StateError
 from fbl_flower.federation.node import describe_node, keep_state_days
 from fbl_flower.federation.transport import shrink
 from fbl_flower.federation.wire import Reply, Request
@@ -208,6 +208,12 @@ def _tell_what_is_sent(client: int, method: str) -> None:
 
 def _client_data(config: RunConfig, request: Request, context: Context, capability: str) -> ClientData:
     """Prepare a client. Time for generating that ran out is not granted again in the same run: the plan stays as it is."""
+    node = describe_node(context)
+    if request.client % node.num_partitions != node.partition_id:  # the server knows it by what it was before a restart
+        problem = (
+            f"this node does not host client {request.client}: it is partition {node.partition_id} of {node.num_partitions}"
+        )
+        raise StateError(problem, public=problem)
     spent = state_folder(_state_dir(context), request.run, request.client) / "time-budget-spent"
     may_generate = not (config.generator.time_budget and spent.exists())
     own_folder = _own_folder(config, context)

@@ -74,7 +74,7 @@ def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
     """Wait for the nodes, ask each who it is, and give every client to a node.
 
     Raises:
-        RunFailed: No node came, none described itself, two claim the same place, or one runs other code than the server or states a
+        RunFailed: No node came, none described itself, two claim the same place or differ in how many there are, or one runs other code than the server or states a
             capability or a method that there is not.
     """
     deadline = time.monotonic() + timeout
@@ -84,6 +84,9 @@ def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
     if len(nodes) < expected:
         nodes = _wait_for_nodes(grid, expected, deadline)
         described |= _describe(grid, [n for n in nodes if n not in described], deadline, others=True)
+    if len({d.num_partitions for d in described.values()}) > 1:
+        said = ", ".join(f"node {d.partition_id}: {d.num_partitions}" for _, d in sorted(described.items()))
+        raise RunFailed(f"the nodes say different num-partitions ({said}); give all of them the number of nodes")
     for description in described.values():
         if description.code != code_fingerprint():
             raise RunFailed(

@@ -6,9 +6,10 @@ and sums replies in a fixed order; the messages and the nodes are Flower's.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from typing import Any
@@ -63,9 +64,10 @@ def main(grid: Grid, context: Context) -> None:
         _Federation(grid, config, run).run(start)
     except BaseException as error:
         reason = str(error) or type(error).__name__
-        run.write_json("summary.json", {"status": "failed", "reason": reason})
         log(WARNING, "The run failed: %s", reason)
         log(WARNING, "Run directory: %s", run.path)
+        with contextlib.suppress(OSError):  # a full disk, which may be why it failed
+            run.write_json("summary.json", {"status": "failed", "reason": reason})
         raise
     finally:
         claim.release()
@@ -175,7 +177,8 @@ class _Federation:
 
     def _train(self, point: Checkpoint, server_round: int, checkpoint_round: int) -> _Round:
         started = time.perf_counter()
-        chosen, node_of = choose_clients(self.config, self.attendance.present(), server_round), self.attendance.roster.node_of
+        attendance, node_of = self.attendance, self.attendance.roster.node_of
+        chosen = choose_clients(self.config, attendance.present(), server_round, unprepared=attendance.unprepared())
         requests: dict[int, tuple[int, RecordDict]] = {}
         packed, packed_extras = array_record(point.arrays), packed_state(point.method_state)
         for client in chosen:
@@ -328,11 +331,20 @@ class _Federation:
         log(INFO, "Run directory: %s", self.run_dir.path)
 
 
-def choose_clients(config: RunConfig, clients: list[int], server_round: int) -> list[int]:
-    """Choose the clients of a round: ceil(fraction-train * all) of them, uniformly, from the run's seed alone."""
+def choose_clients(
+    config: RunConfig, clients: list[int], server_round: int, *, unprepared: Set[int] = frozenset()
+) -> list[int]:
+    """Choose the clients of a round: ceil(fraction-train * all) of them, uniformly, from the run's seed alone.
+
+    Those that are not prepared are chosen too, since what keeps them may have been mended; a draw of nobody else is made again, as long as
+    somebody else is there: a run is not to end, in the same round again when it is resumed, for a client that cannot take part.
+    """
     number = rounded_up(config.fraction_train, len(clients))
     rng = numpy_stream(config.seed, "clients", server_round)
-    return sorted(rng.choice(np.array(clients), size=number, replace=False).tolist())
+    while True:
+        chosen = sorted(rng.choice(np.array(clients), size=number, replace=False).tolist())
+        if not set(chosen) <= unprepared or set(clients) <= unprepared:
+            return chosen
 
 
 def _reasons(failures: dict[int, str]) -> str:

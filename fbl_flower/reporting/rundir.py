@@ -2,7 +2,7 @@
 
 config.toml          every setting of the run, as run-config keys
 versions.json        Python and packages
-metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count
+metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count, on a CPU
 timings.jsonl        one line a round, clock times, and each client's share of the traffic
 nodes.json           the nodes, their clients, which of these are prepared or why not; who left and came back, the server among them
 summary.json         status, final accuracy, what went wrong
@@ -216,9 +216,13 @@ def _contiguous(arrays: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def _replace(path: Path, blob: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(blob)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.part")  # one process writes a run's directory: what a kill leaves is written over
+    try:
+        temporary.write_bytes(blob)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

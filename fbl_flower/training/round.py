@@ -30,7 +30,7 @@ class LocalRoundResult:
     """What a client's round came to.
 
     Attributes:
-        arrays: The trained model, by name.
+        arrays: The trained model, by name; whole-number buffers as they were received.
         num_examples: Size of the set that was trained on.
         num_real: The client's real images, N_k, whether or not they were all used.
         training: The training's own measurements; None for a client without images.
@@ -109,7 +109,7 @@ def run_local_round(
             aligned_accuracy=training.aligned_accuracy,
         )
     return LocalRoundResult(
-        arrays=to_arrays(model.state_dict()),
+        arrays=to_arrays(model.state_dict()) | _whole_numbers(arrays),
         num_examples=len(examples),
         num_real=len(data.real),
         training=training,
@@ -125,6 +125,11 @@ def load_classifier(
     model = empty_classifier(config.model, channels=channels, num_classes=num_classes)
     model.load_state_dict(to_state(arrays, device), assign=True)
     return model.requires_grad_(True)
+
+
+def _whole_numbers(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Return BatchNorm's counts of batches, which no computation uses: sent as they came, they do not tell the size of the client's set."""
+    return {name: array for name, array in arrays.items() if np.issubdtype(array.dtype, np.integer)}
 
 
 def _balance(

@@ -58,7 +58,9 @@ def _decode(content: bytes | Path | None, wanted: ImageFormat, where: Callable[[
 
     try:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as opened:  # type: ignore[arg-type]
-            file = _in_8_bits(ImageOps.exif_transpose(opened) if wanted.upright else opened, of_png=opened.format == "PNG")
+            file = _in_8_bits(
+                ImageOps.exif_transpose(opened) if wanted.upright else opened, of_16=opened.format in ("PNG", "PPM")
+            )
             mode = {1: "L", 3: "RGB"}.get(wanted.channels) or ("L" if file.mode in ("1", "L") else "RGB")
             image = file.convert(mode)
     except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
@@ -73,15 +75,19 @@ def _decode(content: bytes | Path | None, wanted: ImageFormat, where: Callable[[
     return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
 
-def _in_8_bits(image: Any, *, of_png: bool) -> Any:
+def _in_8_bits(image: Any, *, of_16: bool) -> Any:
     """Scale grey images of 16 bits to 8; Pillow itself would cut off all above 255.
+
+    Args:
+        image: As Pillow reads it.
+        of_16: Its file's format has 16 bits at most, as PNG and PGM have: Pillow's mode of 32 bits holds no more then.
 
     Raises:
         ValueError: 32-bit whole numbers or floats: what is white in them is not known.
     """
     from PIL import Image
 
-    if image.mode.startswith("I;16") or (image.mode == "I" and of_png):  # a PNG has 16 bits at most
+    if image.mode.startswith("I;16") or (image.mode == "I" and of_16):
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"Pillow's mode {image.mode}, 32 bits a pixel; wanted 8 or 16 bits")

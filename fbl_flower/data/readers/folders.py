@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fbl_flower.data.readers.decoding import decode_images
-from fbl_flower.data.readers.source import ImageFormat, Source, examples
+from fbl_flower.data.readers.source import ImageFormat, Source, class_name, examples
 from fbl_flower.data.readers.tiny_imagenet_names import TINY_IMAGENET
 from fbl_flower.errors import DataError
 
@@ -40,11 +40,11 @@ def read_folder(path: Path, wanted: ImageFormat) -> Source:
         raise DataError(
             f"data.path: {roots[0]} has no class directories; wanted {roots[0]}/CLASS/IMAGE.png, or the same below train/ and test/"
         )
-    names = wanted.class_names or tuple(sorted({directory.name for found in classes for directory in found}))
+    names = wanted.class_names or tuple(sorted({class_name(directory.name) for found in classes for directory in found}))
     wanted = replace(wanted, class_names=names)
     number = {name: label for label, name in enumerate(names)}
     for directory in (directory for found in classes for directory in found):
-        if directory.name not in number:
+        if class_name(directory.name) not in number:
             way_out = "give the folder that holds these" if wanted.native else "add it to data.classes or move it"
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
             raise DataError(f"data.path: the directory {directory} is none of the classes {shown}; {way_out}")
@@ -53,7 +53,7 @@ def read_folder(path: Path, wanted: ImageFormat) -> Source:
             raise DataError(
                 f"data.path: images in {deeper}; wanted those of the class {directory.name} directly in {directory}"
             )
-    files = [[(file, number[d.name]) for d in found for file in _images(d)] for found in classes]
+    files = [[(file, number[class_name(d.name)]) for d in found for file in _images(d)] for found in classes]
     if not files[0]:
         raise DataError(
             f"data.path: no images in the class directories of {roots[0]}; wanted files {' '.join(sorted(_SUFFIXES))}"
@@ -105,16 +105,21 @@ def _source(train: list[tuple[Path, int]], test: list[tuple[Path, int]], wanted:
 
 
 def _directories(path: Path) -> list[Path]:
-    if not path.is_dir():
-        raise DataError(f"data.path: no folder at {path}; wanted a folder of images")
-    found = (d for d in path.iterdir() if d.is_dir() and not d.name.startswith(".") and d.name not in _NO_CLASSES)
-    return sorted(found, key=lambda d: d.name)
+    return [d for d in _entries(path) if d.is_dir() and not d.name.startswith(".") and d.name not in _NO_CLASSES]
 
 
 def _images(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        raise DataError(f"data.path: no folder at {directory}; wanted a folder of images")
-    return sorted(filter(_is_image, directory.iterdir()), key=lambda f: f.name)
+    return [file for file in _entries(directory) if _is_image(file)]
+
+
+def _entries(path: Path) -> list[Path]:
+    """Return what is in a folder, in the order of the names."""
+    if not path.is_dir():
+        raise DataError(f"data.path: no folder at {path}; wanted a folder of images")
+    try:
+        return sorted(path.iterdir(), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"data.path: {path} cannot be read ({error.strerror or error}); mend its permissions") from error
 
 
 def _is_image(file: Path) -> bool:

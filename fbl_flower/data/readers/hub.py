@@ -9,11 +9,13 @@ import sys
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from fbl_flower.data.readers.parquet import split_words
+from fbl_flower.data.readers.parquet import configurations
 from fbl_flower.errors import DataError
 
 PREFIX = "hf://"
-_URL = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+?))?(//?(?P<folder>[\w./-]+?))?/?")
+_URL = re.compile(
+    r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>refs/convert/parquet|refs/pr/\d+|[\w.-]+))?(//?(?P<folder>[\w./-]+?))?/?"
+)
 _CONVERTED = "refs/convert/parquet"  # where the hub itself keeps the parquet files that it makes of other formats
 
 
@@ -32,7 +34,7 @@ def hub_path(url: str) -> Path:
     if match is None or {".", ".."} & set(url.split("/")):
         raise DataError(f"data.path: got {url!r}; wanted hf://datasets/OWNER/NAME, and perhaps @COMMIT and /FOLDER behind it")
     home = Path("~/.fbl/data/hub").expanduser()
-    place = home / re.sub(r"[/@]+", "--", url.removeprefix("hf://datasets/").rstrip("/"))
+    place = home / re.sub(r"/+", "--", url.removeprefix("hf://datasets/").rstrip("/"))
     if not place.is_dir():
         try:
             _download(place, name=match["name"], revision=match["revision"], folder=match["folder"] or "")
@@ -56,9 +58,7 @@ def _download(place: Path, *, name: str, revision: str | None, folder: str) -> N
             break
     else:
         raise DataError(f"data.path: {name} has no parquet files{f' in {folder}' if folder else ''} on the hub; choose another")
-    inside = {PurePosixPath(file).relative_to(folder).parent for file in files}
-    kinds = sorted({path.parts[0] for path in inside if path.parts and not split_words(path.parts[0])})
-    if len(kinds) > 1:
+    if len(kinds := configurations(PurePosixPath(file).relative_to(folder) for file in files)) > 1:
         one = "/".join(filter(None, [PREFIX + "datasets/" + name + (f"@{revision}" if revision else ""), folder, kinds[0]]))
         raise DataError(f"data.path: {name} has several configurations: {', '.join(kinds)}; choose one, such as {one}")
     print(f"{name}: downloading {len(files)} parquet files to {place}", file=sys.stderr, flush=True)

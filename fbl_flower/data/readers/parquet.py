@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from fbl_flower.data.readers.decoding import decode_images
-from fbl_flower.data.readers.source import ImageFormat, Source, check_labels, examples
+from fbl_flower.data.readers.source import ImageFormat, Source, check_labels, class_name, examples, walk
 from fbl_flower.errors import DataError
 
 _IMAGE, _LABEL = ("image", "img"), ("label", "fine_label", "labels")
@@ -38,11 +39,16 @@ def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source
         needs_test: Whether a data set without a test split is an error.
 
     Raises:
-        DataError: A file is damaged, lacks a column, or holds a label outside the classes or an image that cannot be decoded.
+        DataError: There are several configurations; a file is damaged, lacks a column, or holds a label outside the classes or an image that cannot be decoded.
     """
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = parquet_files(path) if path.is_dir() else [path]
     if not files:
         raise DataError(f"data.path: no file *.parquet in {path}; wanted the parquet files of {wanted.name}")
+    if path.is_dir() and len(kinds := configurations(file.relative_to(path) for file in files)) > 1:
+        raise DataError(
+            f"data.path: {path} has several configurations: {', '.join(kinds)}; the training images of one may be the test images of another: "
+            f"choose one, such as {path / kinds[0]}, or, if they are parts of one data set, put their files into one folder"
+        )
     tables = [
         _Table(
             file,
@@ -70,6 +76,21 @@ def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source
         train=examples(pixels[train], label[train]),
         test=examples(pixels[held_out], label[held_out]) if test else None,
     )
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """Return all `*.parquet` below a folder, in order, but for hidden ones."""
+    found = [below / name for below, names in walk(folder) for name in names if name.endswith(".parquet")]
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+def configurations(files: Iterable[PurePath]) -> list[str]:
+    """Return the outermost folders that are named after no split: in each of them the hub keeps a configuration of the data set.
+
+    Args:
+        files: Relative to the data set's folder.
+    """
+    return sorted({file.parts[0] for file in files if len(file.parts) > 1 and not split_words(file.parts[0])})
 
 
 class _Table:
@@ -108,7 +129,7 @@ class _Table:
         except OverflowError as error:
             raise DataError(f"data.path: {file}, column {label}: has a number above 2^63, which is no class") from error
         names = features.get(label, {}).get("names")
-        self.class_names = tuple(map(str, names)) if isinstance(names, list) and names else None
+        self.class_names = tuple(class_name(str(name)) for name in names) if isinstance(names, list) and names else None
         of_rows = columns["split"].to_pylist() if "split" in columns else [split] * len(self.raw_labels)
         self.split = np.array(of_rows, dtype=object)
 
@@ -118,7 +139,7 @@ class _Table:
             own = self.class_names
             if own and not self.labels_are_text and len(self.raw_labels):
                 check_labels(self.raw_labels, len(own), where=self.file, name=data_name)
-            text = [own[label] if own and not self.labels_are_text else label for label in self.raw_labels]
+            text = [own[label] if own and not self.labels_are_text else class_name(label) for label in self.raw_labels]
             number = {name: label for label, name in enumerate(names)}
             if unknown := sorted(set(text) - number.keys()):
                 raise DataError(f"data.path: {self.file} has the label {unknown[0]!r}; the classes are {_listed(names)}")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +36,11 @@ class ImageFormat:
     upright: bool = False
 
 
+def class_name(text: str) -> str:
+    """Return the name of a class in Unicode's form NFC: archives of macOS spell an accent apart from its letter, other systems do not."""
+    return unicodedata.normalize("NFC", text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A data set in memory, before it is cut.
@@ -45,6 +54,18 @@ class Source:
     class_names: tuple[str, ...]
     train: Examples
     test: Examples | None
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield every folder below `root`, in order, with the names of its files; links to folders are followed, and a folder comes once."""
+    seen = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        inner.sort()
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above it
+            inner.clear()
+            continue
+        seen.add(real)
+        yield Path(folder), names
 
 
 def examples(images: np.ndarray, labels: np.ndarray) -> Examples:
