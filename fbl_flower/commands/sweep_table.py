@@ -113,21 +113,26 @@ def source_of_synthetic(row: Row) -> str:
 def results_of(row: Row, out: Path) -> Results:
     """Return the results that are there, by seed; those that cannot stand for the row (`unusable`) are left out."""
     files = [file for file in (out / row.name).glob("*.json") if file.stem.isdecimal()]
-    return {int(file.stem): read_result(file) for file in files if not unusable(row, file)}
+    read = {int(file.stem): _read_for(row, file) for file in files}
+    return {seed: result for seed, (result, problems) in read.items() if not problems}
 
 
 def unusable(row: Row, file: Path) -> list[str]:
     """Say why a result that is there cannot stand for a row."""
+    return _read_for(row, file)[1]
+
+
+def _read_for(row: Row, file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Read a result, and say why it cannot stand for a row."""
     try:
         result = read_result(file)
         differences = row.differences(result)
         if missing := [f"{number}" for number in row.report_rounds if str(number) not in result["accuracy"]]:
             differences.append(f"no accuracy of round {', '.join(missing)}")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        return [f"{file}: damaged ({error}); delete it, and it is run again"]
-    if not differences:
-        return []
-    return [f"{file}: made with other settings ({'; '.join(differences)}); delete it, or use another --out"]
+        return {}, [f"{file}: damaged ({error}); delete it, and it is run again"]
+    text = f"{file}: made with other settings ({'; '.join(differences)}); delete it, or use another --out"
+    return result, [text] if differences else []
 
 
 def read_result(file: Path) -> dict[str, Any]:

@@ -173,6 +173,7 @@ class Attendance:
             if self._refused.get(node) != objection:
                 log(WARNING, "Round %d: node %s is refused: %s", server_round, description.name, objection)
                 self._refused[node] = objection
+            self._known.discard(node)  # to be asked again: what keeps it out may end
             self.roster = replace(self.roster, members=others)
             return
         self._refused.pop(node, None)
@@ -194,7 +195,6 @@ class Attendance:
         # A node that restarted without a key of its own has a new id and its old name, and its old id seems connected for up to a minute.
         holder = roster.members.get(place)
         if holder and holder.node != node and holder.node in self._connected and holder.description.name != description.name:
-            self._known.discard(node)  # to be asked again: the other may leave
             return f"its partition-id, {place}, is that of {holder.description.name}, which is connected; give it its own"
         return ""
 
