@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fbl_flower.errors import StateError
+from fbl_flower.whole_file import replacing
 
 _NAME = re.compile(r"round-(\d{6})\.safetensors(\..+)?")  # with an ending as long as it is not whole
 T = TypeVar("T")
@@ -78,14 +79,8 @@ class RoundStore(Generic[T]):
             self.folder.mkdir(parents=True, exist_ok=True)
         for name in [name for r, name in unfinished if r <= server_round]:  # later ones may be another process's, at work
             _remove(f"{self.folder}/{name}")
-        temporary = f"{path}.{os.getpid()}-{threading.get_ident()}"
-        try:
-            with open(temporary, "wb") as stream:
-                stream.write(data)
-            os.replace(temporary, path)
-        except BaseException:  # such as a full disk
-            _remove(temporary)
-            raise
+        with replacing(Path(path), part=Path(f"{path}.{os.getpid()}-{threading.get_ident()}")) as part:
+            part.write_bytes(data)
         for old in [r for r in sorted({*rounds, server_round}) if r <= checkpoint_round][:-1]:  # but for the newest of them
             os.unlink(self._path(old))
 

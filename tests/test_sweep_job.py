@@ -139,6 +139,18 @@ def test_a_job_ends_when_its_sweep_was_killed(tmp_path: Path) -> None:
     Claim(out.parent / "runs" / "0", patience=5.0).release()
 
 
+@pytest.mark.slow
+def test_a_job_ends_whose_sweep_is_gone_before_it_can_ask(tmp_path: Path) -> None:
+    row, out = make_row(tmp_path, num_server_rounds=100_000), tmp_path / "out" / "0.json"
+    with subprocess.Popen([sys.executable, "-c", ""]) as sweep_process:
+        pass
+    command = [sys.executable, "-m", "fbl_flower.commands.sweep_job", "--row", str(row.file), "--seed", "0", "--out", str(out)]
+    job = subprocess.run(
+        [*command, "--sweep", str(sweep_process.pid)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert job.returncode == 1 and "the sweep that started this job is gone" in job.stdout
+
+
 def test_the_job_writes_its_result_and_leaves_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row, out = make_row(tmp_path, "public-only", num_server_rounds=1), tmp_path / "out" / "row" / "4.json"
     out.parent.mkdir(parents=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from fbl_flower.errors import ConfigError, RunFailed
+from fbl_flower.whole_file import replacing
 
 
 def check_place(out: Path | None, *, make_folder: bool = False) -> None:
@@ -43,12 +43,10 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         RunFailed: The disk is full, or may not be written; nothing is left behind.
     """
-    part = _part(path)
     try:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise unwritable_file(path, error) from error
 
 

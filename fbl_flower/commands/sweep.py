@@ -239,6 +239,8 @@ def _start(job: Job) -> Process:
         str(job.seed),
         "--out",
         str(job.result),
+        "--sweep",  # by number: it may end before the job can ask who started it
+        str(os.getpid()),
     ]
     with job.log.open("a") as log:  # a job that was killed goes on: its log too
         return subprocess.Popen(

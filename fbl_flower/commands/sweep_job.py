@@ -174,14 +174,17 @@ def _end_with(parent: int) -> None:
 
 def main() -> int:
     """Run the job that the command line names, and write its result whole or not at all."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     parser = argparse.ArgumentParser(prog="python -m fbl_flower.commands.sweep_job", description="Run one job of a sweep.")
     parser.add_argument("--row", type=Path, required=True)
     parser.add_argument("--size")
     parser.add_argument("--overrides", type=json.loads, default={}, help="settings as JSON")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--sweep", type=int, default=os.getppid(), help="the process that starts the job, and with which it ends"
+    )
     options = parser.parse_args()
+    threading.Thread(target=_end_with, args=(options.sweep,), daemon=True).start()
     out: Path = options.out
     keep = folder_of_runs(out)
     keep.mkdir(parents=True, exist_ok=True)

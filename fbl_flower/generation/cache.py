@@ -20,6 +20,7 @@ import torch
 
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.protocol import ImageGenerator
+from fbl_flower.whole_file import replacing
 
 _HEADER = struct.Struct("<4s3H32s")  # magic, C, H, W, SHA-256 of key, shape and pixels
 _MAGIC = b"FBL1"
@@ -84,13 +85,9 @@ class ImageCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")
-            try:
-                with os.fdopen(handle, "wb") as stream:
-                    stream.write(header + pixels)
-                os.replace(name, path)  # not synced: a file torn by a power cut fails its sum
-            except BaseException:
-                os.unlink(name)
-                raise
+            # not synced: a file torn by a power cut fails its sum
+            with replacing(path, part=Path(name)), os.fdopen(handle, "wb") as stream:
+                stream.write(header + pixels)
         except OSError as error:
             raise _unusable(self.folder, error) from error
 

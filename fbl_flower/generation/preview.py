@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torchvision.utils import save_image
 
 from fbl_flower.generation.diffusion import sample
 from fbl_flower.seeding import derive
+from fbl_flower.whole_file import replacing
 
 _COLUMNS = 10
 _MOST_CLASSES = 20
@@ -29,10 +29,8 @@ def write_preview(
         network, labels, seeds, image_size=image_size, channels=channels, num_classes=num_classes,
         steps=_STEPS, guidance=_GUIDANCE, device=device,
     )  # fmt: skip
-    part = file.with_suffix(".part")
     try:
-        save_image(images / 255, part, format="png", nrow=_COLUMNS, padding=2, pad_value=1.0)
-        os.replace(part, file)
+        with replacing(file) as part:
+            save_image(images / 255, part, format="png", nrow=_COLUMNS, padding=2, pad_value=1.0)
     except OSError as error:  # no reason to end a training
-        part.unlink(missing_ok=True)
         _log.warning("generator: no preview (%s)", error)

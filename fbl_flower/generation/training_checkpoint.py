@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from fbl_flower.claim import Claim
 from fbl_flower.errors import GeneratorError, StateError
 from fbl_flower.generation.recipe import TrainingRecipe
+from fbl_flower.whole_file import replacing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +103,13 @@ class TrainingCheckpoint:
             "losses": json.dumps(list(losses)),
             "spent": json.dumps(dataclasses.asdict(spent)),
         }
-        part = self.file.with_suffix(".part")
         # two names for the same memory are refused: the copies make each its own
         copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(copies, part, {**self._identity, **numbers})
-            with part.open("rb") as stream:
-                os.fsync(stream.fileno())  # a power cut must not leave half of the only one
-            os.replace(part, self.file)
+            with replacing(self.file, sync=True) as part:  # it is the only one
+                save_file(copies, part, {**self._identity, **numbers})
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
             raise GeneratorError(
                 f"generator: {self.file} cannot be written ({error}); free space or mend its permissions, and give the same command again"
             ) from error

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import secrets
 import time
@@ -31,6 +30,7 @@ from safetensors.numpy import save
 from fbl_flower.config import RunConfig, flat_table, flatten, to_toml
 from fbl_flower.errors import ConfigError, StateError
 from fbl_flower.params import Arrays
+from fbl_flower.whole_file import replacing
 
 _PACKAGES = ("fbl-flower", "flwr", "torch", "torchvision", "diffusers", "optimum-quanto", "numpy")
 # What may change when a run is resumed: it does not touch what a round computes. The number of rounds may only be raised.
@@ -216,13 +216,8 @@ def _contiguous(arrays: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def _replace(path: Path, blob: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.part")  # one process writes a run's directory: what a kill leaves is written over
-    try:
-        temporary.write_bytes(blob)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as part:
+        part.write_bytes(blob)
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fbl_flower.errors import ConfigError
+from fbl_flower.whole_file import replacing
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -81,16 +82,11 @@ def write_whole(path: Path, content: bytes, *, mode: int) -> None:
     """Write a file at once: others see all of it or nothing, and never with looser permissions than `mode`."""
     private_folder(path.parent)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
+    with replacing(path, part=part, sync=True):
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)  # whatever the umask is
             file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def private_folder(path: Path) -> Path:
