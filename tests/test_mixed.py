@@ -192,6 +192,21 @@ def test_nobody_who_can_generate_is_federated_averaging_and_needs_no_generator(t
         preflight(parse_config(settings | broken | {"clients.no-generator-share": 0.75}))
 
 
+def test_clients_that_cannot_generate_may_have_a_step_size_of_their_own(tmp_path: Path) -> None:
+    """One is drawn and one is stated by its node: these two send what they do at that step size, the others what they do at theirs."""
+    settings = quick(
+        tmp_path, data__num_private=120, num_server_rounds=1, fraction_train=1.0, clients__no_generator_share=0.25
+    )  # fmt: skip
+    drawn = [role.capability for role in drawn_roles(parse_config(settings))].index("none")
+    stated = (drawn + 1) % 4
+    rates = {"ours": {}, "low": {"train.learning-rate": 0.001}, "both": {"clients.no-generator-learning-rate": 0.001}}
+    sent = {name: replies(federate(settings | more, {stated: {"capability": "none"}})[1]) for name, more in rates.items()}
+    for k in range(4):
+        for name, array in sent["both"][k].arrays.items():
+            np.testing.assert_array_equal(array, sent["low" if k in (drawn, stated) else "ours"][k].arrays[name])
+    assert any((sent["low"][drawn].arrays[name] != array).any() for name, array in sent["ours"][drawn].arrays.items())
+
+
 def test_a_federation_of_all_kinds_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(method_rounds, "log", lambda level, text, *values: lines.append(text % values))

@@ -66,6 +66,9 @@ class ClientsConfig:
     no_generator_share: float = option(
         0.0, "share of clients that cannot generate: they train on their own data as it is", low=0.0, high=1.0
     )
+    no_generator_learning_rate: float = option(
+        0.0, "step size of clients that cannot generate, also where a node states it; 0: train.learning-rate", low=0.0
+    )
     methods: str = option("", "shares of clients with another method than method.name, such as 'fedprox=0.3, moon=0.2'")
 
 

@@ -28,7 +28,7 @@ from fbl_flower.roundstore import Record, RoundStore
 from fbl_flower.training.filtering import filter_row
 from fbl_flower.training.prepare import ClientData, prepare_client
 from fbl_flower.training.readiness import Readiness, explained
-from fbl_flower.training.roles import Role, role_of
+from fbl_flower.training.roles import Role, role_of, settings_of
 from fbl_flower.training.round import run_local_round
 
 app = ClientApp()
@@ -98,6 +98,7 @@ def train(message: Message, context: Context) -> Message:
     role, state_dir = _role(config, request.client, context), _state_dir(context)
     data = _client_data(config, request, context, role.capability)
     _tell_what_is_sent(request.client, role.method)
+    config = settings_of(config, role)
     store = StateStore(state_folder(state_dir, request.run, request.client))
     state = store.load(before_round=request.server_round)
     method_store = _method_store(store.folder / role.method)

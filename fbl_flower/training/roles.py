@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fbl_flower.config import RunConfig
 from fbl_flower.config.methods import CAPABILITIES, METHODS, counts_of, method_shares
@@ -41,6 +41,14 @@ def role_of(config: RunConfig, client: int, *, capability: str = "", method: str
         raise ConfigError(problems)
     drawn = drawn_roles(config)[client]
     return Role(capability=capability or drawn.capability, method=method or drawn.method)
+
+
+def settings_of(config: RunConfig, role: Role) -> RunConfig:
+    """Return the settings by which a client trains: one that cannot generate may have a step size of its own, since skewed data wants smaller ones."""
+    rate = config.clients.no_generator_learning_rate
+    if role.capability != "none" or not rate:
+        return config
+    return replace(config, train=replace(config.train, learning_rate=rate))
 
 
 def stated_problems(capability: str, method: str) -> list[str]:
