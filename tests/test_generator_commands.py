@@ -90,7 +90,7 @@ def test_a_gallery_that_cannot_be_written_leaves_the_one_before(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fbl_flower.reporting.pictures.os.replace", full)
+    monkeypatch.setattr("fbl_flower.whole_file.os.replace", full)
     assert main(command) != 0
     assert f"{out} cannot be written (No space left on device)" in capsys.readouterr().err
     assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]

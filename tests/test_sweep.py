@@ -464,7 +464,7 @@ def test_a_job_is_started_with_its_size_and_overrides(tmp_path: Path, monkeypatc
     sweep._start(Job(row=row, seed=3, result=tmp_path / "out" / "3.json"))
     assert commands[0][3:] == [
         *("--row", str(row.file), "--size", "paper", "--overrides", '{"data.alpha": 0.5}', "--seed", "3"),
-        *("--out", str(tmp_path / "out" / "3.json")),
+        *("--out", str(tmp_path / "out" / "3.json"), "--sweep", str(os.getpid())),
     ]
 
 
