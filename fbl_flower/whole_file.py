@@ -20,7 +20,7 @@ def replacing(path: Path, *, part: Path | None = None, sync: bool = False) -> It
     Raises:
         OSError: The file cannot be put into its place.
     """
-    part = part or path.with_name(path.name + ".part")
+    part = part or part_of(path)
     try:
         yield part
         if sync:
@@ -31,3 +31,8 @@ def replacing(path: Path, *, part: Path | None = None, sync: bool = False) -> It
         with suppress(OSError):
             part.unlink()
         raise
+
+
+def part_of(path: Path) -> Path:
+    """Return the file that `replacing` writes first: PATH.part, in the same folder."""
+    return path.with_name(path.name + ".part")

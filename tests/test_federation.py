@@ -23,6 +23,7 @@ from fbl_flower.federation import client, server
 from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.local import LocalGrid, run_local
 from fbl_flower.federation.wire import Reply, Request, array_record, code_fingerprint
+from fbl_flower.generation.public import PublicImages
 from fbl_flower.training import prepare
 
 
@@ -80,7 +81,6 @@ def test_same_seed_same_bytes_whatever_runs_in_parallel(tmp_path: Path) -> None:
 def test_second_run_generates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_local(quick(tmp_path))
     client._prepared.cache_clear()
-    from fbl_flower.generation.public import PublicImages
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("an image was generated again")
@@ -132,6 +132,29 @@ def test_a_client_whose_memory_is_gone_is_named(tmp_path: Path, monkeypatch: pyt
     assert [line for line in lines if "afresh" in line] == [
         "Round 3: client 2 finds nothing of this run on its disk and starts afresh"
     ]
+
+
+def test_clients_that_go_on_with_another_generator_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: in round 3, the first that is resumed, and not in round 4."""
+    settings = quick(tmp_path, num_server_rounds=2, fraction_train=1.0)
+    run_dir = run_local(settings).run_dir
+    for forget in (client._prepared.cache_clear, prepare._load_once.cache_clear):
+        forget()
+    made = PublicImages.__init__
+
+    def retrained(self: PublicImages, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options)
+        self.fingerprint = "another"
+
+    monkeypatch.setattr(PublicImages, "__init__", retrained)
+    lines: list[str] = []
+    monkeypatch.setattr(server, "log", lambda level, text, *values: lines.append(text % values))
+    run_local(settings | {"num-server-rounds": 4, "resume": str(run_dir)})
+    assert [line.split(":")[:2] for line in lines if "another generator" in line] == [
+        ["Round 3", f" client {k} has synthetic images of another generator than before"] for k in range(4)
+    ]
+    for forget in (client._prepared.cache_clear, prepare._load_once.cache_clear):
+        forget()
 
 
 def test_resume_refuses_other_settings_and_damaged_checkpoints(tmp_path: Path) -> None:
@@ -325,16 +348,16 @@ def test_wire_round_trip_keeps_names_dtypes_and_numbers() -> None:
         assert back.arrays[name].dtype == arrays[name].dtype
     np.testing.assert_array_equal(back.embeddings, np.ones((2, 2)))
     vectors, extras = np.full((2, 2), 3, np.float32), {"scaffold": {"c": np.arange(3, dtype=np.float32)}}
-    reply = Reply(
-        arrays=arrays, num_examples=5, num_real=4, loss=0.25, seconds=1.5, forgot=True, embeddings=vectors, extras=extras
-    )
+    numbers = {"num_examples": 5, "num_real": 4, "loss": 0.25, "seconds": 1.5, "forgot": True, "other_generator": True}
+    reply = Reply(arrays=arrays, **numbers, embeddings=vectors, extras=extras)
     answer = Reply.from_record(reply.to_record())
-    assert (answer.num_examples, answer.num_real, answer.loss, answer.seconds, answer.forgot) == (5, 4, 0.25, 1.5, True)
+    assert {name: getattr(answer, name) for name in numbers} == numbers
     np.testing.assert_array_equal(answer.arrays["w"], arrays["w"])
     np.testing.assert_array_equal(answer.embeddings, vectors)
     assert answer.extras.keys() == {"scaffold"}
     np.testing.assert_array_equal(answer.extras["scaffold"]["c"], extras["scaffold"]["c"])
-    assert set(reply.to_record().metric_records["metrics"]) == {"num-examples", "num-real", "train-loss", "seconds", "forgot"}
+    sent = {"num-examples", "num-real", "train-loss", "seconds", "forgot", "other-generator"}
+    assert set(reply.to_record().metric_records["metrics"]) == sent
 
 
 def test_choose_clients_depends_on_seed_and_round_only() -> None:

@@ -22,6 +22,7 @@ class BalancingState:
         synthetic_accuracy: Of the last round, the share of synthetic images classified rightly without P; NaN if not measured.
         aligned_accuracy: The same with P.
         kept_fill: bool [M], the synthetic images that the filter lets pass until the next choice; None: all of them.
+        generator: Fingerprint of what made the client's synthetic images in its last round; empty where it had none.
     """
 
     kept: torch.Tensor
@@ -30,6 +31,7 @@ class BalancingState:
     synthetic_accuracy: float = float("nan")
     aligned_accuracy: float = float("nan")
     kept_fill: torch.Tensor | None = None
+    generator: str = ""
 
     def alignment_row(self) -> dict[str, list[float] | float | None]:
         """Say how large P is and how well synthetic images are classified without and with it, as JSON can hold it."""
@@ -60,6 +62,7 @@ def _pack(state: BalancingState) -> Record:
             "chosen_in": str(state.chosen_in),
             "synthetic_accuracy": repr(state.synthetic_accuracy),
             "aligned_accuracy": repr(state.aligned_accuracy),
+            "generator": state.generator,
         },
     )
 
@@ -72,4 +75,5 @@ def _unpack(record: Record) -> BalancingState:
         synthetic_accuracy=float(record.texts["synthetic_accuracy"]),
         aligned_accuracy=float(record.texts["aligned_accuracy"]),
         kept_fill=record.tensors.get("kept_fill"),
+        generator=record.texts.get("generator", ""),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fbl_flower.errors import ConfigError, RunFailed
-from fbl_flower.whole_file import replacing
+from fbl_flower.whole_file import part_of, replacing
 
 
 def check_place(out: Path | None, *, make_folder: bool = False) -> None:
@@ -25,7 +25,7 @@ def check_place(out: Path | None, *, make_folder: bool = False) -> None:
         return
     if out.is_dir():
         raise ConfigError([f"--out: {out} is a folder; give the name of a file"])
-    part = _part(out)
+    part = part_of(out)
     try:
         if make_folder:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,10 +48,6 @@ def write_json(path: Path, value: Any) -> None:
             part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise unwritable_file(path, error) from error
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
 
 
 def unwritable_file(path: Path, error: OSError) -> RunFailed:

@@ -142,6 +142,7 @@ def train(message: Message, context: Context) -> Message:
         seconds=time.perf_counter() - started,
         forgot=request.last_round > 0
         and ((state is None and result.state is not None) or (method_state is None and finished.state is not None)),
+        other_generator=state is not None and "" not in (state.generator, data.generator) and state.generator != data.generator,
         embeddings=result.state.embeddings.numpy() if shares and result.state is not None else None,
         extras={role.method: finished.sent} if finished.sent else {},
     )

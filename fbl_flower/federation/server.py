@@ -211,6 +211,14 @@ class _Federation:
                 log(
                     WARNING, "Round %d: client %d finds nothing of this run on its disk and starts afresh", server_round, client
                 )
+            if reply.other_generator:
+                log(
+                    WARNING,
+                    "Round %d: client %d has synthetic images of another generator than before: from here on, the results are not "
+                    "those of one unbroken run",
+                    server_round,
+                    client,
+                )
         for client, reason in sorted(failures.items()):
             log(WARNING, "Round %d: client %d is left out: %s", server_round, client, reason)
         if not replies:

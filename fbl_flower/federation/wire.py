@@ -128,6 +128,7 @@ class Reply:
         loss: Mean training loss; 0 for a client without images.
         seconds: Time that the client took.
         forgot: Whether the client took part before and finds nothing of it on its disk: it started afresh.
+        other_generator: Whether its synthetic images are of another generator than in its last round.
         embeddings: The client's alignment vectors, only where averaging them is on.
         extras: For a method that sends more than the model, its named arrays: the same names from every client of it.
     """
@@ -138,13 +139,14 @@ class Reply:
     loss: float
     seconds: float
     forgot: bool = False
+    other_generator: bool = False
     embeddings: np.ndarray | None = None
     extras: Mapping[str, Arrays] = field(default_factory=dict)
 
     def to_record(self) -> RecordDict:
         metrics: dict[str, int | float] = {
             "num-examples": self.num_examples, "num-real": self.num_real, "train-loss": self.loss, "seconds": self.seconds,
-            "forgot": int(self.forgot),
+            "forgot": int(self.forgot), "other-generator": int(self.other_generator),
         }  # fmt: skip
         content = RecordDict({"arrays": array_record(self.arrays), "metrics": MetricRecord(dict(metrics))})
         if self.embeddings is not None:
@@ -163,6 +165,7 @@ class Reply:
             loss=float(str(metrics["train-loss"])),
             seconds=float(str(metrics["seconds"])),
             forgot=bool(metrics["forgot"]),
+            other_generator=bool(metrics["other-generator"]),
             embeddings=_embeddings(content),
             extras=_extras(content),
         )

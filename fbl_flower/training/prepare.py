@@ -43,6 +43,7 @@ class ClientData:
             is that for what there is.
         augmentation: How training images may be varied.
         unfilled: Share of the planned synthetic images that time did not allow to make, 0 .. 1.
+        generator: Fingerprint of what made the synthetic images; empty where none were planned.
     """
 
     client: int
@@ -52,6 +53,7 @@ class ClientData:
     fill: Examples
     augmentation: Augmentation
     unfilled: float = 0.0
+    generator: str = ""
 
 
 def prepare_client(
@@ -83,12 +85,13 @@ def prepare_client(
     if check is not None:
         check(parts, real)
     plan = client_plan(config, real, parts.info.num_classes, client, capability=capability)
-    synthetic, unfilled = real.take(torch.zeros(0, dtype=torch.int64)), 0.0
+    synthetic, unfilled, fingerprint = real.take(torch.zeros(0, dtype=torch.int64)), 0.0, ""
     if plan is not None and plan.fill.sum() > 0:
-        budget = config.generator.time_budget
+        budget, generator = config.generator.time_budget, shared_generator(config, own_folder)
+        fingerprint = generator.fingerprint
         synthetic = fill(
             plan,
-            shared_generator(config, own_folder),
+            generator,
             ImageCache(cache_folder),
             seed=config.seed,
             client=client,
@@ -107,6 +110,7 @@ def prepare_client(
         fill=synthetic,
         augmentation=augmentation_of(parts),
         unfilled=unfilled,
+        generator=fingerprint,
     )
 
 

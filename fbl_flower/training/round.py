@@ -72,6 +72,7 @@ def run_local_round(
     real, examples = data.real.to(device), data.real
     if data.plan is not None:
         state = _balance(model, real, data, state, config=config, server_round=server_round)
+        state = replace(state, generator=data.generator)
         if averaged_embeddings is not None:
             state = replace(state, embeddings=torch.tensor(averaged_embeddings))
         fill = filtered(data, state.kept_fill, seed=config.seed).fill
