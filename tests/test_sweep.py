@@ -144,7 +144,9 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert "| 1-a | diffusion | 1 of 2 | 90.00 ± 0.00 | 90.00 | 90.00 |  |" in table
 
 
-def test_a_sweep_of_one_row_adds_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_of_one_row_adds_to_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sweep, "_start", succeed)
     rows, out = tmp_path / "rows", tmp_path / "out"
     rows.mkdir()
@@ -164,8 +166,14 @@ def test_a_sweep_of_one_row_adds_to_the_table(tmp_path: Path, monkeypatch: pytes
     assert [line[:5] for line in table[1:]] == [
         ["1-row", "2", "55.00±7.07", "50.00", "60.00"], ["3-row", "2", "50.00(1of2seeds)", "50.00", ""],
     ]  # fmt: skip
+    assert "not in the table" not in capsys.readouterr().out
     # with other settings, what is there is of another table
     assert [line[0] for line in table_after(files[1], seeds=(0,), **{"data.alpha": 0.7})] == ["row", "2-row"]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not in the table: ")]
+    assert told == [
+        f"not in the table: {out}/{name}.json: made with other settings (data.alpha: 0.1, now 0.7); delete it, or use another --out"
+        for name in ("1-row/0", "1-row/1", "3-row/0")
+    ]
 
 
 def test_a_result_of_other_settings_is_no_seed_of_the_row(tmp_path: Path) -> None:
@@ -341,7 +349,7 @@ def test_the_last_five_rounds_by_hand(tmp_path: Path) -> None:
     head, _, row = (out / "table.md").read_text().splitlines()[:3]
     cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
     assert cells["mean of the last 5 rounds (%)"] == "45.00 ± 7.07" and cells["final accuracy (%)"] == "65.00 ± 7.07"
-    (line,) = csv.DictReader((out / "table.csv").open())
+    (line,) = csv.DictReader((out / "table.csv").read_text().splitlines())
     assert float(line["mean_last_5_rounds_percent"]) == pytest.approx(45)
 
 

@@ -20,7 +20,7 @@ from fbl_flower.claim import Claim
 from fbl_flower.commands.experiments import Row, check_rows, read_beside, twins
 from fbl_flower.commands.job_memory import MemoryGate
 from fbl_flower.commands.sweep_job import LEFT, folder_of_runs, unfinished_otherwise
-from fbl_flower.commands.sweep_table import read_result, results_of, unusable, write_pictures, write_table
+from fbl_flower.commands.sweep_table import read_result, results_of, unusable, unusable_of, write_pictures, write_table
 from fbl_flower.config import RunConfig, Value
 from fbl_flower.errors import ConfigError, FBLError
 
@@ -108,6 +108,9 @@ def sweep_command(
     write_pictures(*whole_table(rows, seeds, out=out, known=known), out)
     print((out / "table.md").read_text(encoding="utf-8"))
     print(f"{out}: {', '.join(name for name in _WRITTEN if (out / name).exists())}")
+    for row in {row.name: row for row in (*known, *rows)}.values():
+        for problem in unusable_of(row, out):
+            print(f"not in the table: {problem}")
     for job in failed:
         print(f"fbl-flower: {job.row.name}, seed {job.seed} failed; its log: {job.log}", file=sys.stderr)
     return 1 if failed else 0

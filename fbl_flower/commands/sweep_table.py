@@ -112,14 +112,22 @@ def source_of_synthetic(row: Row) -> str:
 
 def results_of(row: Row, out: Path) -> Results:
     """Return the results that are there, by seed; those that cannot stand for the row (`unusable`) are left out."""
-    files = [file for file in (out / row.name).glob("*.json") if file.stem.isdecimal()]
-    read = {int(file.stem): _read_for(row, file) for file in files}
+    read = {int(file.stem): _read_for(row, file) for file in _files_of(row, out)}
     return {seed: result for seed, (result, problems) in read.items() if not problems}
+
+
+def unusable_of(row: Row, out: Path) -> list[str]:
+    """Say which results that are there, of any seed, cannot stand for a row, and why."""
+    return [problem for file in sorted(_files_of(row, out)) for problem in unusable(row, file)]
 
 
 def unusable(row: Row, file: Path) -> list[str]:
     """Say why a result that is there cannot stand for a row."""
     return _read_for(row, file)[1]
+
+
+def _files_of(row: Row, out: Path) -> list[Path]:
+    return [file for file in (out / row.name).glob("*.json") if file.stem.isdecimal()]
 
 
 def _read_for(row: Row, file: Path) -> tuple[dict[str, Any], list[str]]:
