@@ -447,6 +447,15 @@ def test_bad_folders(tmp_path: Path) -> None:
     write_folder(tmp_path / "one", {"ant": 1})
     with pytest.raises(ConfigError, match="needs at least one test image"):
         load_parts(folder(tmp_path / "one"))
+    write_folder(tmp_path / "split" / "train", {"ant": 3})
+    write_folder(tmp_path / "split" / "val", {"ant": 3})
+    (tmp_path / "split" / "test" / "ant").mkdir(parents=True)
+    with pytest.raises(
+        DataError, match="no images in .*/split/test, the test split of .*/split/train; wanted .*, or remove the folder"
+    ):
+        load_parts(folder(tmp_path / "split"))
+    with pytest.raises(DataError, match="data.path: .*/aaa+ cannot be read \\(File name too long\\); correct it"):
+        load_parts(folder(tmp_path / ("a" * 300)))
 
 
 # EuroSAT and Tiny-ImageNet

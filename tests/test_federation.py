@@ -392,6 +392,26 @@ def test_ask_reports_each_answer_and_keeps_order() -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_what_nobody_waits_for_any_more_is_not_worked_on() -> None:
+    """Of three messages the first takes longer than all are waited for: the others have expired when their turn comes, and delay nothing."""
+    app, worked = ClientApp(), list[int]()
+    slow = threading.Event()
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        worked.append(int(context.node_config["partition-id"]))
+        slow.wait(1.5)
+        return Message(RecordDict(), reply_to=message)
+
+    requests = {node: (node, RecordDict()) for node in (1, 2, 3)}
+    with LocalGrid(app, num_nodes=3, run_config={}) as grid:
+        first = ask(grid, requests, "query.describe", timeout=0.5)
+        assert first.contents == {} and set(first.failures.values()) == {"no answer within 0.5 s"}
+        slow.set()
+        assert list(ask(grid, requests, "query.describe", timeout=30).contents) == [1, 2, 3]
+    assert worked == [0, 0, 1, 2]
+
+
 def test_fingerprint_is_of_this_code() -> None:
     assert len(code_fingerprint()) == 64 and code_fingerprint() == code_fingerprint()
 

@@ -255,6 +255,21 @@ def test_images_made_since_the_last_choice_call_for_a_new_one() -> None:
     assert later.state.chosen_in == 3 and len(later.state.kept_fill) == 12 and later.num_examples == 24
 
 
+def test_images_of_another_generator_are_judged_anew() -> None:
+    """In round 3, before any replay is due: what passed in round 2 were other images."""
+    data = replace(client([18, 5, 1, 0]), generator="one")
+    state = rounds(data, first=2, last=2)[0].state
+    pixels = images(data.fill.labels.tolist(), synthetic=True, name="retrained").images
+    other = replace(data, fill=replace(data.fill, images=pixels), generator="other")
+    same_still, anew = (rounds(d, first=3, state=state)[0].state for d in (data, other))
+    assert state is not None and same_still is not None and anew is not None
+    assert same_still.chosen_in == 2 and torch.equal(same_still.kept_fill, state.kept_fill)
+    expected = choose_fill(
+        new_classifier(CONFIG.model, channels=1, num_classes=4, seed=0), other.real, other.fill, config=CONFIG, server_round=3
+    )
+    assert anew.chosen_in == 3 and torch.equal(anew.kept_fill, expected) and not torch.equal(expected, state.kept_fill)
+
+
 def test_an_unknown_filter_is_an_error() -> None:
     model, data = new_classifier(CONFIG.model, channels=1, num_classes=4, seed=0), client([18, 5, 1, 0])
     with pytest.raises(ValueError, match="'magic'; allowed: none | model | neighbours"):

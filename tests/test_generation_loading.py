@@ -18,7 +18,13 @@ from fbl_flower.data.datasets import load_parts
 from fbl_flower.data.readers.download import DEBIAN_FASHION_MNIST
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.diffusion import DiffusionGenerator
-from fbl_flower.generation.loading import bundled_generator, check_generator, generator_folder, load_generator
+from fbl_flower.generation.loading import (
+    bundled_generator,
+    check_generator,
+    check_generator_files,
+    generator_folder,
+    load_generator,
+)
 from fbl_flower.generation.public import PublicImages
 from fbl_flower.generation.quantization import WEIGHTS
 from fbl_flower.generation.recipe import check_files, file_sha256, read_info
@@ -52,6 +58,9 @@ def test_the_configured_generator_is_loaded(folder):
 
 def test_a_missing_folder(folder):
     refused(*configure(folder / "gone"), f"no folder at {folder / 'gone'}", "correct generator.path")
+    name = "a" * 300
+    refused(*configure(folder / name), f"generator.path: {folder / name} cannot be read (File name too long); correct it")
+    assert check_generator_files(configure(folder / name)[0])[0].startswith("generator.path: ")
 
 
 def test_a_folder_of_something_else(tmp_path):

@@ -29,7 +29,7 @@ from fbl_flower.methods.fedgen import LABEL_COUNTS, LABEL_PRIOR, FedGen
 from fbl_flower.methods.fedprox import FedProx
 from fbl_flower.methods.moon import Moon
 from fbl_flower.methods.scaffold import Scaffold, first_variate, next_variate, scaled_update
-from fbl_flower.methods.server import Update, lacks_arrays, next_state
+from fbl_flower.methods.server import Update, lacks_arrays, next_state, with_clients
 from fbl_flower.models import Classifier
 from fbl_flower.params import Arrays, to_arrays, to_state, weighted_mean
 from fbl_flower.seeding import torch_stream
@@ -379,6 +379,30 @@ def test_a_reply_that_lacks_its_methods_arrays_is_noticed() -> None:
     assert not lacks_arrays(Update(method="moon", arrays=model, extra={}), {})
 
 
+def test_the_servers_variate_is_the_mean_over_all_clients_however_many_there_are() -> None:
+    """Two clients with c_i = 0.6 and 0: c = 0.3. With a third, whose c_i is 0, it is 0.2, and stays it when two of the three are away.
+
+    The third then sends 0.3: c = 0.2 + 0.3 / 3.
+    """
+
+    def sent(value: float) -> Update:
+        return Update(method="scaffold", arrays={}, extra={"w": np.array([value], np.float32)})
+
+    def c(state: dict[str, dict[str, np.ndarray]]) -> float:
+        return float(state["scaffold"]["w"][0])
+
+    nothing = with_clients({}, ["fedavg"], lambda: [("w", torch.ones(1))])
+    assert nothing == {}
+    state = with_clients(nothing, ["scaffold", "scaffold"], lambda: [("w", torch.ones(1))])
+    state = next_state(state, [sent(0.6), sent(0.0)], config=RunConfig(), server_round=1)
+    assert c(state) == pytest.approx(0.3)
+    state = with_clients(state, ["scaffold", "fedavg", "scaffold", "scaffold"], list)
+    assert c(state) == pytest.approx(0.2)
+    state = with_clients(state, ["scaffold"], list)
+    assert c(state) == pytest.approx(0.2)
+    assert c(next_state(state, [sent(0.3)], config=RunConfig(), server_round=2)) == pytest.approx(0.3)
+
+
 def test_the_servers_state_follows_each_methods_own_clients() -> None:
     """Of four clients of SCAFFOLD one replies, with 0.4: c = 0 + 0.4 / 4. The client of FedGen has labels 1 and 2 in equal parts."""
     model = to_arrays(linear(2, 3).state_dict())
@@ -388,13 +412,15 @@ def test_the_servers_state_follows_each_methods_own_clients() -> None:
         Update(method="fedgen", arrays=model, extra={LABEL_COUNTS: np.array([0, 0, 0])}),  # no images: it teaches nothing
         Update(method="moon", arrays=model, extra={}),
     ]
-    before = {"scaffold": {"w": np.zeros(1, np.float32)}}
+    before = with_clients(
+        {}, ["scaffold", "fedgen", "fedgen", "moon", "scaffold", "scaffold", "scaffold"], lambda: [("w", torch.ones(1))]
+    )
     config = RunConfig(fedgen=FedGenConfig(steps=3))
-    after = next_state(before, updates, config=config, num_scaffold=4, server_round=1)
+    after = next_state(before, updates, config=config, server_round=1)
     assert after["scaffold"]["w"].item() == pytest.approx(0.1)
     assert after["fedgen"][LABEL_PRIOR].tolist() == [0.0, 0.5, 0.5]
     assert before["scaffold"]["w"].item() == 0.0
-    again = next_state(before, updates, config=config, num_scaffold=4, server_round=1)
+    again = next_state(before, updates, config=config, server_round=1)
     assert all(np.array_equal(array, again["fedgen"][name]) for name, array in after["fedgen"].items())
-    none = next_state(after, updates[3:], config=config, num_scaffold=4, server_round=2)
+    none = next_state(after, updates[3:], config=config, server_round=2)
     assert none.keys() == after.keys() and none["fedgen"] is after["fedgen"]

@@ -87,6 +87,17 @@ def test_when_time_runs_out_all_classes_have_their_part_and_the_total_stays(
     assert counts(later)[1].sum() == min(60, whole.plan.fill.sum())
 
 
+def test_who_may_not_generate_gets_what_is_there(tmp_path: Path) -> None:
+    """Such as the pictures of a run in which this client was never prepared; without a time budget, too."""
+    config = config_of(tmp_path)
+    data = prepare_client(config, 0, cache_folder=tmp_path / "cache", may_generate=False)
+    assert len(data.fill) == 0 and data.unfilled == 1 and data.plan is not None and data.plan.num_balanced == len(data.real)
+    whole = prepared(config, 0, tmp_path / "cache")
+    assert len(whole.fill) > 0
+    again = prepare_client(config, 0, cache_folder=tmp_path / "cache", may_generate=False)
+    assert torch.equal(again.fill.images, whole.fill.images) and again.unfilled == 0
+
+
 def test_a_client_whose_plan_has_changed_chooses_its_images_anew(tmp_path: Path) -> None:
     config = config_of(tmp_path, balancing__replay_period=0, data__alpha=0.05)
     data = prepared(config, 0, tmp_path)

@@ -251,6 +251,53 @@ def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
     assert "| 1-a | diffusion | 2 | not finished |" in table and "| 2-b | diffusion | 2 | 50.00 |" in table
 
 
+def test_a_result_that_another_sweep_wrote_with_other_settings_is_a_failure_that_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has one round where this sweep's rows have two."""
+    rows, out = read_rows([write_row(tmp_path, "1-a"), write_row(tmp_path, "2-b")]), tmp_path / "out"
+
+    def start(job: Job) -> Done:
+        done = succeed(job)
+        if job.row.name == "1-a":
+            result = json.loads(job.result.read_text())
+            result["config"]["num-server-rounds"], result["accuracy"] = 1, {"0": 0.1, "1": 0.9}
+            job.result.write_text(json.dumps(result))
+        return done
+
+    failed = run_sweep(rows, (0,), out=out, num_jobs=1, start=start)
+    assert [job.row.name for job in failed] == ["1-a"]
+    named = (
+        f"1-a, seed 0: failed: {out}/1-a/0.json: made with other settings (num-server-rounds: 1, now 2; no accuracy of round 2)"
+    )
+    assert named in capsys.readouterr().out
+    table = (out / "table.md").read_text()
+    assert "| 1-a | diffusion | 2 | not finished |" in table and "| 2-b | diffusion | 2 | 50.00 |" in table
+
+
+def test_the_table_says_which_results_lack_clients(tmp_path: Path) -> None:
+    rows, out = read_rows([write_row(tmp_path, "1-a"), write_row(tmp_path, "2-b")]), tmp_path / "out"
+
+    def start(job: Job) -> Done:
+        done = succeed(job)
+        if job.row.name == "2-b":
+            lacks = {"left_out": {"1": {"0": "late", "3": "late"}, "2": {"0": "late"}}, "not_prepared": {"4": "no disk"}}
+            job.result.write_text(json.dumps(json.loads(job.result.read_text()) | lacks))
+        return done
+
+    run_sweep(rows[:1], (0,), out=out, num_jobs=1, start=start)
+    assert "Not all clients" not in (out / "table.md").read_text()
+    run_sweep(rows, (0,), out=out, num_jobs=1, start=start)
+    assert (
+        (out / "table.md")
+        .read_text()
+        .endswith(
+            "\nNot all clients took part: 2-b, seed 0 (answers missing: 3, in rounds: 2; clients not prepared: 1). "
+            "ROW/SEED.json says who and why.\n"
+        )
+    )
+
+
 def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
     rows = read_rows([write_row(tmp_path, "1-a"), write_row(tmp_path, "2-b")])
     running: list[Endless] = []

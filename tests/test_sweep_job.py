@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import quick
@@ -16,10 +17,12 @@ from fbl_flower.claim import Claim
 from fbl_flower.commands import sweep, sweep_job
 from fbl_flower.commands.experiments import Row, read_rows
 from fbl_flower.commands.job_memory import MemoryGate, memory_of
-from fbl_flower.commands.sweep_job import folder_of_runs, remove_run, run_one, unfinished_otherwise
+from fbl_flower.commands.sweep_job import folder_of_runs, note_identity, remove_run, run_one, unfinished_otherwise
 from fbl_flower.config import Value, flatten, to_toml
-from fbl_flower.errors import ConfigError, RunFailed
+from fbl_flower.errors import ConfigError, DataError, RunFailed
+from fbl_flower.federation import client
 from fbl_flower.federation.local import run_local
+from fbl_flower.training.round import run_local_round
 
 SETS = sorted((Path(__file__).parents[1] / "experiments").glob("0*"))
 GIVEN = ("pictures", "output-dir")
@@ -149,6 +152,32 @@ def test_a_job_ends_whose_sweep_is_gone_before_it_can_ask(tmp_path: Path) -> Non
         [*command, "--sweep", str(sweep_process.pid)], capture_output=True, text=True, timeout=120, check=False
     )
     assert job.returncode == 1 and "the sweep that started this job is gone" in job.stdout
+
+
+def test_a_result_says_which_clients_were_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_for_one(arrays: Any, data: Any, *rest: Any, **more: Any) -> Any:
+        if data.client == 2:
+            raise DataError("gone", public="its disk is gone")
+        return run_local_round(arrays, data, *rest, **more)
+
+    monkeypatch.setattr(client, "run_local_round", fails_for_one)
+    row = make_row(tmp_path, num_server_rounds=1, fraction_train=1.0)
+    result = run_one(row, 0, keep=tmp_path / "keep")
+    (reason,) = result["left_out"].pop("1").values()
+    assert reason.startswith("its disk is gone") and result["left_out"] == {} and "not_prepared" not in result
+
+
+def test_a_job_that_goes_on_elsewhere_names_both_places(tmp_path: Path) -> None:
+    row, keep = make_row(tmp_path), tmp_path / "keep"
+    keep.mkdir()
+    assert note_identity(row, keep, "cpu in fp32") == ["cpu in fp32"]
+    assert note_identity(row, keep, "cpu in bf16") == ["cpu in bf16"]  # nothing had begun there
+    (keep / "a-run").mkdir()
+    assert note_identity(row, keep, "cpu in bf16") == ["cpu in bf16"]
+    assert note_identity(row, keep, "cuda in bf16") == ["cpu in bf16", "cuda in bf16"]
+    noted = json.loads((keep / "identity.json").read_text())
+    assert noted["ran_on"] == ["cpu in bf16", "cuda in bf16"] and noted["config"] == row.identity
+    assert unfinished_otherwise(row, 0, keep) == []
 
 
 def test_the_job_writes_its_result_and_leaves_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,6 +234,17 @@ def test_what_is_kept_holds_until_a_replay_is_due() -> None:
     assert int((third.kept & ~first.kept).sum()) == 3 and int(third.kept.sum()) == 12
 
 
+def test_a_client_whose_images_were_replaced_chooses_anew() -> None:
+    """As many of each class as before: the mask fits, and is about other images."""
+    data = client([18, 5, 1, 0])
+    first = round_of(data).state
+    assert first is not None
+    images = data.real.images.clone()
+    images[0] = 255 - images[0]
+    second = round_of(replace(data, real=replace(data.real, images=images)), state=first, server_round=2).state
+    assert second is not None and second.chosen_in == 2
+
+
 def test_everything_off_is_federated_averaging_bit_for_bit() -> None:
     off = replace(CONFIG, balancing=replace(CONFIG.balancing, sampling="none", filling=False, alignment=False, replay_period=0))
     fbl = round_of(client([18, 5, 1, 0], sampling=False, filling=False), config=off)

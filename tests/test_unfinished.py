@@ -52,6 +52,22 @@ def test_the_same_command_goes_on_and_then_starts_anew(tmp_path: Path, monkeypat
     assert fresh.run_dir not in (killed, unbroken.run_dir)
 
 
+@pytest.mark.parametrize("where", ["in-round-3", "before-its-summary-was-removed"])
+def test_a_prolonged_run_that_is_killed_is_not_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    settings = quick(tmp_path, num_server_rounds=2, checkpoint_every=1)
+    run_dir = run_local(settings).run_dir
+    summary = (run_dir / "summary.json").read_text()
+    longer = settings | {"num-server-rounds": 4}
+    killed_in_round(3, longer | {"resume": str(run_dir)}, monkeypatch)
+    assert not (run_dir / "summary.json").exists()
+    if where == "before-its-summary-was-removed":
+        (run_dir / "summary.json").write_text(summary)
+    outcome = run_local(longer | {"resume": "auto"})
+    assert outcome.run_dir == run_dir and outcome.summary["rounds"] == 4
+    again = run_local(longer | {"resume": str(run_dir)})  # nothing is left to do
+    assert again.summary["rounds"] == 4
+
+
 def test_what_stopped_the_run_before_stays_in_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails in round 2, which it says, and is killed in round 3, of which nothing can be said."""
     settings = quick(tmp_path, num_server_rounds=4, checkpoint_every=1, resume="auto")
@@ -70,6 +86,7 @@ def test_the_seconds_of_a_run_are_of_all_its_rounds(tmp_path: Path, monkeypatch:
     settings = quick(tmp_path, num_server_rounds=2, checkpoint_every=1, resume="auto")
     run_dir = run_and_kill(settings, monkeypatch, in_round=2)
     rows = [json.loads(line) for line in (run_dir / "timings.jsonl").read_text().splitlines()]
+    assert rows[0]["clients_seconds"] > 0  # preparation
     rows[1] |= {"clients_seconds": 1000.0, "evaluate_seconds": 200.0}
     (run_dir / "timings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert 1200 < run_local(settings).summary["seconds"] < 2000

@@ -22,7 +22,7 @@ from fbl_flower.generation.recipe import RECIPE
 KINDS = ("federation", "public-only", "synthetic-only")
 _GIVEN_BY_THE_SWEEP = ("seed", "num-threads", "output-dir", "resume", "pictures")
 # What says where things lie or when they are saved, and changes no number of a result.
-_NO_NUMBERS = ("data.path", "state-dir", "checkpoint-every", "timeout")
+_NO_NUMBERS = ("data.path", "state-dir", "checkpoint-every", "timeout", "prepare.timeout")
 _BUNDLED = "generator.bundled"  # no setting: the content of the generator that comes with the package, where that is used
 _FILES = "data.files"  # no setting: names and sizes of the user's own files, where those are the data
 
@@ -119,8 +119,10 @@ def _generates(config: RunConfig, kind: str) -> bool:
 
 
 def _digest(folder: Path) -> str:
-    recipe = folder / RECIPE  # holds the digests of the other files
-    return hashlib.sha256(recipe.read_bytes()).hexdigest()[:12] if recipe.is_file() else "none"
+    try:
+        return hashlib.sha256((folder / RECIPE).read_bytes()).hexdigest()[:12]  # it holds the digests of the other files
+    except OSError:  # what loads it says so
+        return "none"
 
 
 def read_rows(

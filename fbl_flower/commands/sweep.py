@@ -173,7 +173,7 @@ def run_sweep(
                     print(f"{job.row.name}, seed {job.seed}: another sweep is running it", flush=True)
                     left.append(job)
                     continue
-                if not job.result.exists():
+                if not job.result.exists() or unusable(job.row, job.result):  # of another sweep, with other settings
                     failed.append(job)
                 elif peak := read_result(job.result).get("peak_bytes"):
                     gate.learn(peak)
@@ -259,5 +259,7 @@ def _begun_otherwise(job: Job) -> list[str]:
 def _outcome(job: Job) -> str:
     if not job.result.exists():
         return f"failed, see {job.log}"
+    if problems := unusable(job.row, job.result):
+        return f"failed: {problems[0]}"
     result = read_result(job.result)
     return f"{100 * result['accuracy'][str(job.row.report_rounds[-1])]:.2f} % in {result['seconds']:.0f} s"

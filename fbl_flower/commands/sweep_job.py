@@ -56,7 +56,7 @@ def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
     wanted = range(1, last + 1) if row.kind == "federation" else (last,)
     if missing := [str(number) for number in wanted if str(number) not in measured["accuracy"]]:
         raise RunFailed(f"{row.file}, seed {seed}: the run has no accuracy of round {', '.join(missing)}")
-    memory, device = memory_of(os.getpid()), pick_device(config)
+    memory = memory_of(os.getpid())
     return {
         "title": row.title,
         "kind": row.kind,
@@ -64,7 +64,7 @@ def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
         "seed": seed,
         "seconds": round(earlier + time.perf_counter() - begin, 1),
         "peak_bytes": memory[1] if memory else None,
-        "ran_on": f"{device.type} in {precision_on(device, config.train.precision)}",
+        "ran_on": place_of(config),
         **measured,
         "config": row.identity | {"seed": seed},
     }
@@ -95,10 +95,23 @@ def unfinished_otherwise(row: Row, seed: int, keep: Path) -> list[str]:
     return problems
 
 
-def note_identity(row: Row, keep: Path) -> None:
-    """Note beside a job's runs what decides their numbers, before the first of them begins."""
-    if not _runs_in(keep):
-        write_json(keep / _IDENTITY, {"kind": row.kind, "config": row.identity})
+def place_of(config: RunConfig) -> str:
+    """Say on what kind of device, and in which precision, a run with this configuration is computed here."""
+    device = pick_device(config)
+    return f"{device.type} in {precision_on(device, config.train.precision)}"
+
+
+def note_identity(row: Row, keep: Path, place: str) -> list[str]:
+    """Note beside a job's runs what decides their numbers, before the first of them begins; return all places that they ran on, in order."""
+    try:
+        noted = json.loads((keep / _IDENTITY).read_text(encoding="utf-8")) if _runs_in(keep) else {}
+    except (OSError, ValueError):
+        noted = {}
+    places = [*noted.get("ran_on", ())]
+    if place not in places[-1:]:
+        places.append(place)
+        write_json(keep / _IDENTITY, {"kind": row.kind, "config": row.identity} | noted | {"ran_on": places})
+    return places
 
 
 def _other_content(row: Row, keep: Path) -> list[str]:
@@ -142,6 +155,9 @@ def _run_federation(config: RunConfig) -> tuple[dict[str, Any], float]:
     for name in _BYTES:
         if sent := {str(entry["round"]): int(entry[name]) for entry in metrics if entry.get(name) is not None}:
             measured[name] = sent
+    for name in ("not_prepared", "left_out"):  # who did not take part, and why: such a result is of fewer clients
+        if outcome.summary[name]:
+            measured[name] = outcome.summary[name]
     if shares := wrong_label_shares(config, outcome.run_dir.name):
         measured["wrong_labels"] = shares
     return measured, earlier
@@ -193,15 +209,15 @@ def main() -> int:
     except StateError:
         print(f"left: another process runs this row under seed {options.seed} in {keep}")
         return LEFT
-    if out.exists():  # it ended just now
-        claim.release()
-        return 0
     try:
         row = read_rows([options.row], size=options.size, overrides=options.overrides)[0]
+        if out.exists():  # another process ended just now; whether its result is of this row is for the sweep to say
+            claim.release()
+            return 0
         if problems := unfinished_otherwise(row, options.seed, keep):
             raise ConfigError(problems)
-        note_identity(row, keep)
-        result = run_one(row, options.seed, keep=keep)
+        places = note_identity(row, keep, place_of(row.config))
+        result = run_one(row, options.seed, keep=keep) | {"ran_on": ", then ".join(places)}
     except FBLError as error:
         print(f"failed: {error}")
         if not _runs_in(keep):  # nothing that can be gone on with

@@ -29,6 +29,10 @@ def write_table(rows: Sequence[Row], seeds: Sequence[int], out: Path) -> None:
     places = sorted({result.get("ran_on", "not recorded") for row in rows for result in _results(row, seeds, out).values()})
     if len(places) > 1:
         text += f"\nNot all results were made alike: {'; '.join(places)}. Rounding differs, and so may accuracies by as much as seeds do.\n"
+    if missing := [
+        said for row in rows for seed, result in _results(row, seeds, out).items() if (said := _missing(row, seed, result))
+    ]:
+        text += f"\nNot all clients took part: {'; '.join(missing)}. ROW/SEED.json says who and why.\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     (out / "table.csv").write_text(as_csv(lines, seeds), encoding="utf-8")
 
@@ -152,6 +156,15 @@ def read_result(file: Path) -> dict[str, Any]:
 def _results(row: Row, seeds: Sequence[int], out: Path) -> Results:
     there = results_of(row, out)
     return {seed: there[seed] for seed in seeds if seed in there}
+
+
+def _missing(row: Row, seed: int, result: Mapping[str, Any]) -> str:
+    """Say how many answers of clients a result lacks, and of how many clients that were never prepared; empty where it is whole."""
+    left_out: Mapping[str, Mapping[str, str]] = result.get("left_out", {})
+    answers, unprepared = sum(map(len, left_out.values())), len(result.get("not_prepared", {}))
+    parts = [f"answers missing: {answers}, in rounds: {len(left_out)}"] if answers else []
+    parts += [f"clients not prepared: {unprepared}"] if unprepared else []
+    return f"{row.title}, seed {seed} ({'; '.join(parts)})" if parts else ""
 
 
 def _by_round(result: Mapping[str, Any], name: str) -> dict[int, float]:

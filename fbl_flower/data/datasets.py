@@ -15,7 +15,7 @@ from fbl_flower.data.batches import antialiased
 from fbl_flower.data.examples import Examples
 from fbl_flower.data.info import DATASETS, DataInfo
 from fbl_flower.data.sources import find_source, newest_change, read_source
-from fbl_flower.errors import ConfigError
+from fbl_flower.errors import ConfigError, DataError
 from fbl_flower.seeding import numpy_stream
 
 __all__ = ["DATASETS", "DataInfo", "DataParts", "forget_parts", "load_parts", "scored_part"]
@@ -62,9 +62,15 @@ def load_parts(config: DataConfig) -> DataParts:
         DataError: A file is missing or damaged, or holds a label outside the classes.
         ConfigError: The parts asked for are larger than the data set.
     """
-    path = find_source(config)
     asked = DataConfig(**{f.name: getattr(config, f.name) for f in fields(config) if f.name in _READ})
-    return _load_parts(asked, path, newest_change(path) if path else 0)
+    try:
+        path = find_source(config)
+        return _load_parts(asked, path, newest_change(path) if path else 0)
+    except OSError as error:
+        place = config.path or error.filename
+        raise DataError(
+            f"data.path: {place} cannot be read ({error.strerror or error}); correct it, or mend its permissions"
+        ) from error
 
 
 def forget_parts() -> None:

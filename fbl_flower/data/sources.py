@@ -51,7 +51,10 @@ def find_source(config: DataConfig) -> Path | None:
 def files_digest(path: str) -> str:
     """Tell the user's own files from others without reading them: a digest of their names below `path` and sizes; for the hub, its name."""
     root = Path(path).expanduser()
-    if path.startswith(PREFIX) or not root.exists():
+    try:
+        if path.startswith(PREFIX) or not root.exists():
+            return path
+    except OSError:  # it may not be looked at: what reads it says so
         return path
     if root.is_file():
         return hashlib.sha256(str(root.stat().st_size).encode()).hexdigest()[:12]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -123,7 +125,18 @@ class LocalGrid(Grid):
         raise NotImplementedError("a LocalGrid's run has no record")
 
     def _answer(self, message: Message) -> Message:
+        if _expired(message):  # what waited behind slow clients is not worked on when nobody waits for it any more
+            return _too_late(message)
         try:
-            return self._client_app(message=message, context=self._contexts[message.metadata.dst_node_id])
+            reply = self._client_app(message=message, context=self._contexts[message.metadata.dst_node_id])
         except Exception as error:  # a node's failure is an answer, as in Flower's own engines
             return Message(Error(client.CLIENT_FAILED, f"{type(error)}:<'{error}'>"), reply_to=message)
+        return _too_late(message) if _expired(message) else reply  # nobody fetches it: its model would stay in memory
+
+
+def _expired(message: Message) -> bool:
+    return time.time() > message.metadata.created_at + message.metadata.ttl
+
+
+def _too_late(message: Message) -> Message:
+    return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "the message has expired"), reply_to=message)

@@ -33,7 +33,7 @@ from fbl_flower.federation.report import write_report
 from fbl_flower.federation.roster import Roster, call_roll
 from fbl_flower.federation.transport import restore
 from fbl_flower.federation.wire import PREPARE, TRAIN, Reply, Request, array_record
-from fbl_flower.methods.server import lacks_arrays, model_to_average, next_state, with_first_state
+from fbl_flower.methods.server import lacks_arrays, model_to_average, next_state, with_clients
 from fbl_flower.models import empty_classifier, new_classifier
 from fbl_flower.params import Arrays, all_finite, to_arrays, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
@@ -105,7 +105,7 @@ class _Federation:
         self._prepare(roster)
         prepare_seconds = time.perf_counter() - started
         earlier = sum(row["clients_seconds"] + row["evaluate_seconds"] for row in self.run_dir.read_rows("timings.jsonl"))
-        point = start or self._first_point()
+        point = start or self._first_point(started)
         checkpoint_round = point.server_round
         for row in self.run_dir.read_rows("metrics.jsonl"):
             self.last_round |= dict.fromkeys(row.get("clients", ()), row["round"])
@@ -151,8 +151,8 @@ class _Federation:
                 f"{wanted}: {_reasons(failures)}"
             )
 
-    def _first_point(self) -> Checkpoint:
-        """Make the initial model, and record how good it is as round 0."""
+    def _first_point(self, started: float) -> Checkpoint:
+        """Make the initial model, and record how good it is as round 0; its time is all since `started`: preparation, warm start."""
         config, info = self.config, self.parts.info
         if config.warm_start.enabled:
             log(INFO, "Warm start: training the initial model on %s images", config.warm_start.images)
@@ -163,7 +163,8 @@ class _Federation:
         if config.balancing.enabled and config.balancing.average_embeddings:
             embeddings = np.zeros((info.num_classes, model.width), dtype=np.float32)
         point = Checkpoint(server_round=0, arrays=to_arrays(model.state_dict()), embeddings=embeddings)
-        self._record(_Round(replies={}, failures={}, traffic=Traffic(sent={}, received={}, elapsed={}), seconds=0.0), point)
+        traffic, seconds = Traffic(sent={}, received={}, elapsed={}), time.perf_counter() - started
+        self._record(_Round(replies={}, failures={}, traffic=traffic, seconds=seconds), point)
         self.run_dir.write_checkpoint(point)
         return point
 
@@ -172,8 +173,8 @@ class _Federation:
             info = self.parts.info
             return empty_classifier(self.config.model, channels=info.channels, num_classes=info.num_classes).named_parameters()
 
-        methods = {role.method for role in self.roles.values()}
-        return replace(point, method_state=with_first_state(point.method_state, methods, parameters))
+        methods = [role.method for role in self.roles.values()]
+        return replace(point, method_state=with_clients(point.method_state, methods, parameters))
 
     def _train(self, point: Checkpoint, server_round: int, checkpoint_round: int) -> _Round:
         started = time.perf_counter()
@@ -259,13 +260,7 @@ class _Federation:
             embeddings = weighted_mean([{"P": e} for e, _ in shared], [w for _, w in shared])["P"]
         updates = [update_of(reply, self.roles[client]) for client, reply in result.replies.items()]
         arrays = weighted_mean([model_to_average(u, point.arrays, self.config) for u in updates], weights)
-        method_state = next_state(
-            point.method_state,
-            updates,
-            config=self.config,
-            num_scaffold=sum(role.method == "scaffold" for role in self.roles.values()),
-            server_round=server_round,
-        )
+        method_state = next_state(point.method_state, updates, config=self.config, server_round=server_round)
         return Checkpoint(server_round=server_round, arrays=arrays, embeddings=embeddings, method_state=method_state)
 
     def _record(self, result: _Round, point: Checkpoint) -> None:

@@ -48,6 +48,13 @@ def check_generator(config: RunConfig, parts: DataParts) -> list[str]:
         config: Its `generator` and `data.name`.
         parts: The images that the generator must fit.
     """
+    try:
+        return _problems(config, parts)
+    except OSError as error:
+        return [_unreadable(config, error)]
+
+
+def _problems(config: RunConfig, parts: DataParts) -> list[str]:
     if config.generator.name == "public-images":
         counts = parts.public.counts(parts.info.num_classes).tolist()
         lacking = [name for name, count in zip(parts.info.class_names, counts, strict=True) if not count]
@@ -111,6 +118,13 @@ def check_generator_files(config: RunConfig) -> list[str]:
         return check_files(folder, read_info(folder))
     except GeneratorError as error:
         return [str(error)]
+    except OSError as error:
+        return [_unreadable(config, error)]
+
+
+def _unreadable(config: RunConfig, error: OSError) -> str:
+    place = config.generator.path or error.filename
+    return f"generator.path: {place} cannot be read ({error.strerror or error}); correct it, or mend its permissions"
 
 
 def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from fbl_flower.params import Arrays
 from fbl_flower.seeding import torch_stream
 
 ServerState = dict[str, Arrays]  # for each method that has one; it is a part of the checkpoint
+_CLIENTS = "scaffold-clients"  # N of SCAFFOLD; no method, so it is sent to nobody
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +34,28 @@ class Update:
     extra: Mapping[str, np.ndarray]
 
 
-def with_first_state(
-    state: ServerState, methods: Iterable[str], parameters: Callable[[], Iterable[tuple[str, torch.Tensor]]]
+def with_clients(
+    state: ServerState, methods: Sequence[str], parameters: Callable[[], Iterable[tuple[str, torch.Tensor]]]
 ) -> ServerState:
-    """Return `state` with the first one of those `methods` that have none yet; `parameters` is asked for the model's if it is needed.
+    """Return the state before a round of these clients: with SCAFFOLD's first variate, and c as the mean over all clients known by now.
 
-    FedGen's begins after its first round: before it the generator has nothing to learn from.
+    A client that is new has c_i = 0, so where N grows, c shrinks by N before / N now. N does not fall: a client that is away, or
+    has another method since, keeps its c_i, and c its part. FedGen's state begins after its first round: before it the generator has
+    nothing to learn from.
+
+    Args:
+        state: After the last round.
+        methods: Of every client of the federation that is known.
+        parameters: Asked for the model's, if they are needed.
     """
-    if "scaffold" in state or "scaffold" not in methods:
-        return state
-    return state | {"scaffold": first_variate(parameters())}
+    now = methods.count("scaffold")
+    if "scaffold" not in state:
+        return state | {"scaffold": first_variate(parameters()), _CLIENTS: _number(now)} if now else state
+    before = _num_scaffold(state) or now
+    if now <= before:
+        return state | {_CLIENTS: _number(before)}
+    shrunk = {name: (c * (before / now)).astype(c.dtype) for name, c in state["scaffold"].items()}
+    return state | {"scaffold": shrunk, _CLIENTS: _number(now)}
 
 
 def lacks_arrays(update: Update, state: ServerState) -> bool:
@@ -67,26 +80,31 @@ def model_to_average(update: Update, received: Mapping[str, np.ndarray], config:
     )
 
 
-def next_state(
-    state: ServerState, updates: Iterable[Update], *, config: RunConfig, num_scaffold: int, server_round: int
-) -> ServerState:
+def next_state(state: ServerState, updates: Iterable[Update], *, config: RunConfig, server_round: int) -> ServerState:
     """Return the state after a round.
 
     Args:
-        state: Before it.
+        state: Before it, as `with_clients` has it.
         updates: Of the clients that count, in ascending order of client.
         config: Its `seed` and the methods' sections.
-        num_scaffold: N of SCAFFOLD: all clients of the federation that run it.
         server_round: Names the random stream of the generator's training.
     """
     updates, after = list(updates), dict(state)
     variates = [u.extra for u in updates if u.method == "scaffold"]
     if variates:
-        after["scaffold"] = next_variate(state["scaffold"], variates, num_clients=num_scaffold)
+        after["scaffold"] = next_variate(state["scaffold"], variates, num_clients=_num_scaffold(state))
     teachers = [u for u in updates if u.method == "fedgen" and u.extra[LABEL_COUNTS].sum() > 0]
     if teachers:
         after["fedgen"] = _next_generator(state.get("fedgen", {}), teachers, config=config, server_round=server_round)
     return after
+
+
+def _number(value: int) -> Arrays:
+    return {"N": np.array([value], dtype=np.float32)}
+
+
+def _num_scaffold(state: ServerState) -> int:
+    return int(state[_CLIENTS]["N"][0]) if _CLIENTS in state else 0
 
 
 def _next_generator(before: Arrays, teachers: list[Update], *, config: RunConfig, server_round: int) -> Arrays:

@@ -97,7 +97,8 @@ class RunDirectory:
     def reopen(cls, config: RunConfig) -> tuple[RunDirectory, Checkpoint]:
         """Open the folder of `config.resume` to go on from its checkpoint, and note that in nodes.json.
 
-        Later lines of metrics and timings are cut off. A summary that says that the run failed is removed, and its reason is in the note.
+        Later lines of metrics and timings are cut off. The summary is removed if rounds are to come; if it says that the run failed, its
+        reason is in the note.
 
         Its config.toml gets what may change: the run that is killed again goes on to the new number of rounds.
 
@@ -127,7 +128,7 @@ class RunDirectory:
         _replace(run.path / "config.toml", to_toml(flatten(config) | {"resume": ""}).encode())
         for name in ("metrics.jsonl", "timings.jsonl"):
             run._cut(name, checkpoint.server_round)
-        run._note_restart(checkpoint.server_round + 1)
+        run._note_restart(checkpoint.server_round + 1, last=config.num_server_rounds)
         return run, checkpoint
 
     def read_settings(self) -> dict[str, Any]:
@@ -189,15 +190,15 @@ class RunDirectory:
             server_round=server_round, embeddings=arrays.pop(_EMBEDDINGS, None), arrays=arrays, method_state=method_state
         )
 
-    def _note_restart(self, server_round: int) -> None:
+    def _note_restart(self, server_round: int, *, last: int) -> None:
         summary, event = self.read_json("summary.json"), "started again"
         if summary.get("status") == "failed":
             event += f" after a failure: {summary['reason']}"
         table = {"nodes": [], "events": []} | self.read_json("nodes.json")
         table["events"].append({"round": server_round, "name": "server", "event": event})
         self.write_json("nodes.json", table)
-        if summary.get("status") == "failed":
-            (self.path / "summary.json").unlink()
+        if summary.get("status") == "failed" or server_round <= last:
+            (self.path / "summary.json").unlink(missing_ok=True)
 
     def _cut(self, name: str, last_round: int) -> None:
         kept = []

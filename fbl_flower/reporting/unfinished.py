@@ -54,7 +54,8 @@ def _newest_unfinished(config: RunConfig) -> Path | None:
         try:
             settings = RunDirectory(folder).read_settings()
             summary = folder / "summary.json"
-            completed = summary.exists() and json.loads(summary.read_text())["status"] == "completed"
+            ended = json.loads(summary.read_text()) if summary.exists() else {"status": "not ended"}
+            completed = ended["status"] == "completed" and ended["rounds"] == settings["num-server-rounds"]
         except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, KeyError):
             continue  # no run of ours
         as_long = settings.get("num-server-rounds") == config.num_server_rounds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import threading
 from collections.abc import Callable
@@ -44,6 +45,8 @@ class ClientData:
         augmentation: How training images may be varied.
         unfilled: Share of the planned synthetic images that time did not allow to make, 0 .. 1.
         generator: Fingerprint of what made the synthetic images; empty where none were planned.
+
+    `digest` tells the client's own images from others.
     """
 
     client: int
@@ -54,6 +57,12 @@ class ClientData:
     augmentation: Augmentation
     unfilled: float = 0.0
     generator: str = ""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        digest = hashlib.sha256(self.real.labels.numpy().tobytes())
+        digest.update(self.real.images.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def prepare_client(
@@ -77,7 +86,7 @@ def prepare_client(
         progress: Called with (images generated, images to generate).
         capability: full, rich or none; empty: as the run's seed draws it.
         check: Called with the data set and the client's images before anything is generated; may refuse by an error.
-        may_generate: Whether time for generating is left, if it is bounded; without it, only what is on the disk already is used.
+        may_generate: Without it, only what is on the disk already is used: time for generating has run out, or nobody should wait.
     """
     parts = _parts(config, own_folder)
     capability = capability or drawn_roles(config)[client].capability
@@ -97,7 +106,7 @@ def prepare_client(
             client=client,
             own=real if config.generator.image_to_image else None,
             progress=progress,
-            seconds=0.0 if budget and not may_generate else budget or math.inf,
+            seconds=(budget or math.inf) if may_generate else 0.0,
         )
         counts, made = (examples.counts(parts.info.num_classes).numpy() for examples in (real, synthetic))
         unfilled = 1 - len(synthetic) / int(plan.fill.sum())

@@ -72,7 +72,7 @@ def run_local_round(
     real, examples = data.real.to(device), data.real
     if data.plan is not None:
         state = _balance(model, real, data, state, config=config, server_round=server_round)
-        state = replace(state, generator=data.generator)
+        state = replace(state, generator=data.generator, images=data.digest)
         if averaged_embeddings is not None:
             state = replace(state, embeddings=torch.tensor(averaged_embeddings))
         fill = filtered(data, state.kept_fill, seed=config.seed).fill
@@ -136,9 +136,11 @@ def _whole_numbers(arrays: Mapping[str, np.ndarray]) -> Arrays:
 def _balance(
     model: Classifier, real: Examples, data: ClientData, state: BalancingState | None, *, config: RunConfig, server_round: int
 ) -> BalancingState:
-    """Choose real and synthetic images in the client's first round, when its plan has changed, or when a replay is due."""
+    """Choose real and synthetic images in the client's first round, when its images or its plan have changed, or when a replay is due."""
     b = config.balancing
-    kept_before = state.kept if state is not None and len(state.kept) == len(real) else None
+    kept_before = state.kept if state is not None and state.images == data.digest else None
+    if state is not None and state.generator != data.generator:  # what the filter let pass were other images
+        state = replace(state, kept_fill=None)
     plan = filtered(data, None if state is None else state.kept_fill, seed=config.seed).plan
     assert plan is not None
     as_planned = kept_before is not None and np.array_equal(

@@ -25,7 +25,7 @@ def read_folder(path: Path, wanted: ImageFormat) -> Source:
 
     Raises:
         DataError: A directory is not one of the classes, or has images in directories of its own; there are no class directories, or no
-            images; an image cannot be decoded.
+            images, in all or in the test split that is there; an image cannot be decoded.
     """
     directories = _directories(path)
     split = {directory.name: directory for directory in directories}
@@ -57,6 +57,11 @@ def read_folder(path: Path, wanted: ImageFormat) -> Source:
     if not files[0]:
         raise DataError(
             f"data.path: no images in the class directories of {roots[0]}; wanted files {' '.join(sorted(_SUFFIXES))}"
+        )
+    if len(files) > 1 and not files[1]:
+        raise DataError(
+            f"data.path: no images in {roots[1]}, the test split of {roots[0]}; wanted {roots[1]}/CLASS/IMAGE.png, or remove the folder to "
+            "have a share of the others for testing"
         )
     return _source(files[0], files[1] if len(files) > 1 else [], wanted)
 
