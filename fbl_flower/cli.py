@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,10 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except FBLError as error:
         print(f"fbl-flower: failed: {error}", file=sys.stderr)
-        return 1
+        return _ended(1)
     except KeyboardInterrupt:
         print("fbl-flower: interrupted", file=sys.stderr)
-        return 130
+        return _ended(130)
+    except OSError as error:
+        print(f"fbl-flower: failed: {error}", file=sys.stderr)
+        return _ended(1)
+
+
+def _ended(code: int) -> int:
+    """Return the exit code, or, where clients of the in-process engine are still at work, end with it: Python itself would wait for them."""
+    engine = sys.modules.get("fbl_flower.federation.local")
+    if engine is not None and any(thread.name.startswith(engine.WORKER) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def configuration_table() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,47 @@ def test_bad_input_is_one_clear_message_and_exit_code_2(
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_a_file_where_a_folder_is_wanted_is_a_failure_and_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(["deploy", "keys", "a", "--dir", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.startswith("fbl-flower: failed: [Errno ")
+
+
+def test_another_users_superlink_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any of its runs is stopped."""
+
+    def kill(process: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(superlink, "find_superlink", lambda port: 12345)
+    monkeypatch.setattr(superlink.os, "kill", kill)
+    monkeypatch.setattr(superlink, "run_status", lambda: pytest.fail("its runs were looked at"))
+    with pytest.raises(RunFailed, match=r"\(process 12345\) is another user's; it may not be stopped"):
+        superlink.stop_superlink(force=True)
+
+
+def test_an_interrupted_in_process_run_does_not_wait_for_its_clients(tmp_path: Path) -> None:
+    """The clients would sleep for ten minutes."""
+    text = f"""
+import sys, time
+from fbl_flower import cli
+from fbl_flower.federation import client
+def prepare(*_, **__):
+    print("at work", flush=True)
+    time.sleep(600)
+client.prepare_client = prepare
+sys.exit(cli.main(["run", "--engine", "local", "-c", "output-dir={str(tmp_path / "runs")!r} state-dir={str(tmp_path / "state")!r} data.name='digits' model.name='tiny'"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("at work" in line for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.endswith("fbl-flower: interrupted\n")
 
 
 def test_a_failed_run_exits_1_and_an_interrupted_one_130(

@@ -36,6 +36,7 @@ from fbl_flower import cli
 from fbl_flower.commands.deploy import certificates, operator, processes
 from fbl_flower.commands.deploy.files import Folder, write_whole
 from fbl_flower.commands.deploy.keys import make_keys
+from fbl_flower.commands.deploy.processes import node_config_text
 from fbl_flower.commands.overrides import chosen_config
 from fbl_flower.errors import ConfigError, RunFailed
 from fbl_flower.federation.exchange import is_simulated
@@ -188,6 +189,9 @@ def test_a_renewed_certificate_is_of_the_same_authority_key_and_names(whole: Fol
     changed = {path.name for path in whole.certificates.iterdir() if path.read_bytes() != before[path.name]}
     assert changed == {"server.crt"}
     assert _handshake(whole.ca, whole, "localhost") == "TLSv1.3"
+    assert cli.main(["deploy", "certs", "--dir", str(whole.path), "--renew", "--host", "new.example.org"]) == 0
+    names = certificates._read(whole.server_certificate).extensions.get_extension_for_class(san).value
+    assert list(names) == [*old.extensions.get_extension_for_class(san).value, x509.DNSName("new.example.org")]
     whole.ca_key.unlink()
     assert "ca.key" in problems("certs", "--dir", str(whole.path), "--renew")
 
@@ -242,6 +246,39 @@ def test_keys_are_not_overwritten_unasked_and_none_is_made_if_one_is_there(whole
     assert load_ssh_public_key(whole.public_key("site-0").read_bytes()) == private.public_key()
     assert make_keys(whole, ["site-0"], overwrite=True) == ["site-0"]
     assert whole.key("site-0").read_bytes() != before
+
+
+def test_what_answers_and_speaks_no_http_is_not_healthy(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert cli.main(["deploy", "health", "node", "--port", str(listener.getsockname()[1])]) == 1
+        thread.join()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_values_that_flower_cannot_read_are_refused() -> None:
+    problems: list[str] = []
+    node_config_text({"x": [1, 2], "y": datetime.date(2024, 1, 1), "z": 1.5, "b": True}, problems)
+    assert [problem.split(":")[0] for problem in problems] == ["x", "y"]
+    assert problems[0] == "x: got [1, 2]; Flower's node config takes text, numbers, true and false"
+
+
+def test_another_machines_public_key_is_not_replaced_unasked(whole: Folder) -> None:
+    """As on a server, to which only the node's public key was copied."""
+    whole.key("site-0").unlink()
+    before = whole.public_key("site-0").read_bytes()
+    with pytest.raises(ConfigError, match=r"site-0.pub: is there without its private key, .*; --overwrite replaces it"):
+        make_keys(whole, ["site-1", "site-0"], if_missing=True)
+    assert whole.public_key("site-0").read_bytes() == before and not whole.key("site-1").exists()
+    assert make_keys(whole, ["site-0"], overwrite=True) == ["site-0"]
 
 
 def test_what_is_public_is_put_where_it_was_asked_for(whole: Folder, tmp_path: Path) -> None:
@@ -528,6 +565,7 @@ def test_a_server_that_is_not_there_is_told_of(whole: Folder, capsys: pytest.Cap
     arguments = ["--dir", str(whole.path), "--address", "127.0.0.1:1"]
     assert cli.main(["deploy", "health", "server", *arguments]) == 1
     assert cli.main(["deploy", "health", "node", "--port", "1"]) == 1
+    assert cli.main(["deploy", "health", "server", "--dir", str(whole.path), "--address", "127.0.0.1:abc"]) == 1
     assert cli.main(["deploy", "register", "site-0", "--wait", "0", *arguments]) == 1
     assert capsys.readouterr().err.count("Connection refused") == 3
 

@@ -360,6 +360,10 @@ def test_wire_round_trip_keeps_names_dtypes_and_numbers() -> None:
     assert set(reply.to_record().metric_records["metrics"]) == sent
 
 
+def test_the_smallest_fraction_is_one_client() -> None:
+    assert len(server.choose_clients(parse_config({"num-clients": 10, "fraction-train": 1e-11}), list(range(10)), 1)) == 1
+
+
 def test_choose_clients_depends_on_seed_and_round_only() -> None:
     config = parse_config({"num-clients": 10})
     rounds = [server.choose_clients(config, list(range(10)), r) for r in range(1, 40)]

@@ -63,12 +63,16 @@ def stop_superlink(*, force: bool = False) -> str:
         force: Stop the runs that are still active first; without it they are a reason to refuse.
 
     Raises:
-        RunFailed: Runs are active, or the process does not end.
+        RunFailed: Runs are active, or the process is another user's, or does not end.
     """
     port = superlink_port()
     process = find_superlink(port)
     if process is None:
         return f"no background SuperLink on port {port}"
+    try:
+        os.kill(process, 0)
+    except PermissionError as error:
+        raise RunFailed(f"the SuperLink on port {port} (process {process}) is another user's; it may not be stopped") from error
     active = [row["run-id"] for row in run_status() if not row["status"].startswith("finished")]
     if active and not force:
         raise RunFailed(f"runs are active on port {port}: {', '.join(active)}; wait, `flwr stop` them, or use --force")

@@ -151,9 +151,13 @@ def _class_balanced_order(labels: np.ndarray) -> torch.Tensor:
 
 
 def _proportional_order(labels: np.ndarray) -> torch.Tensor:
-    """Shuffle so that every stretch of the order holds the classes about as often as all of it: a small class is in every part."""
+    """Shuffle so that every stretch of the order holds the classes about as often as all of it, a small class too, if it has images enough.
+
+    A stretch of the share s may lack a class of fewer than about 1 / s images. Of classes of the same size, chance says which comes first.
+    """
     place = (_rank_in_class(labels) + 0.5) / np.bincount(labels)[labels]
-    return torch.from_numpy(np.lexsort((labels, place)))
+    ties = numpy_stream(_SPLIT_SEED, "split", "ties").permutation(len(labels))
+    return torch.from_numpy(np.lexsort((ties, place)))
 
 
 def _rank_in_class(labels: np.ndarray) -> np.ndarray:

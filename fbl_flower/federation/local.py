@@ -20,6 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fbl_flower.config import RunConfig, Value, flatten, parse_config
 from fbl_flower.federation import client, server
 
+WORKER = "fbl-client"  # the names of the threads in which clients run begin with it
 _LONGEST_WAIT = 1.0  # seconds in which a look for replies comes back at the latest, so that a time-out is seen
 
 
@@ -76,15 +77,15 @@ class LocalGrid(Grid):
             )
             for node in range(1, num_nodes + 1)
         }
-        self._pool = ThreadPoolExecutor(workers)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=WORKER)
         self._numbers = itertools.count(1)
         self._pending: dict[str, Future[Message]] = {}
 
     def __enter__(self) -> LocalGrid:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)  # after a failure nobody waits for who is still at work
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._contexts)

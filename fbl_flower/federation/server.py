@@ -342,7 +342,7 @@ def choose_clients(
     Those that are not prepared are chosen too, since what keeps them may have been mended; a draw of nobody else is made again, as long as
     somebody else is there: a run is not to end, in the same round again when it is resumed, for a client that cannot take part.
     """
-    number = rounded_up(config.fraction_train, len(clients))
+    number = max(1, rounded_up(config.fraction_train, len(clients)))
     rng = numpy_stream(config.seed, "clients", server_round)
     while True:
         chosen = sorted(rng.choice(np.array(clients), size=number, replace=False).tolist())

@@ -67,7 +67,7 @@ def renew_server_certificate(folder: Folder, hosts: Sequence[str], *, days: int)
 
     Args:
         folder: With its authority.
-        hosts: As in `make_certificates`; none: those of the present certificate.
+        hosts: As in `make_certificates`, beside those of the present certificate, by which nodes know the server.
         days: From now.
 
     Raises:
@@ -88,8 +88,12 @@ def renew_server_certificate(folder: Folder, hosts: Sequence[str], *, days: int)
         )
     if ca.public_key() != ca_key.public_key():
         raise ConfigError([f"--renew: {folder.ca_key} is not the key of {folder.ca}"])
-    names = _names(hosts) if hosts else present.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    _write_server_certificate(folder, server_key.public_key(), ca_key, ca, list(names), days)
+    try:
+        names = list(present.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except x509.ExtensionNotFound:
+        names = []
+    added = _names(hosts) if hosts or not names else []
+    _write_server_certificate(folder, server_key.public_key(), ca_key, ca, names + [n for n in added if n not in names], days)
 
 
 def certificate_state(path: Path, *, now: datetime.datetime | None = None) -> str:

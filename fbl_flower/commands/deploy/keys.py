@@ -25,7 +25,8 @@ def make_keys(folder: Folder, nodes: Sequence[str], *, overwrite: bool = False, 
         The nodes whose keys were made.
 
     Raises:
-        ConfigError: A name is none, or, without either switch, some of the keys are there; then none is made.
+        ConfigError: A name is none, or, without either switch, some of the keys are there, or, without `overwrite`, a public key without
+            its private one; then none is made.
     """
     present = [node for node in nodes if folder.key(node).exists() or folder.public_key(node).exists()]
     if present and not (overwrite or if_missing):
@@ -33,6 +34,13 @@ def make_keys(folder: Folder, nodes: Sequence[str], *, overwrite: bool = False, 
             [f"{folder.key(node)}: is there; --overwrite replaces it, and --if-missing leaves it" for node in present]
         )
     made = [node for node in nodes if overwrite or not folder.key(node).exists()]
+    if foreign := [node for node in made if not overwrite and folder.public_key(node).exists()]:
+        raise ConfigError(
+            [
+                f"{folder.public_key(node)}: is there without its private key, as of another machine's pair; --overwrite replaces it"
+                for node in foreign
+            ]
+        )
     for node in made:
         _make_key(folder, node)
     for node in set(nodes) - set(made):

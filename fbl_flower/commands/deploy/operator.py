@@ -6,6 +6,7 @@ Flower finds a server by a connection in FLWR_HOME/config.toml. These commands k
 from __future__ import annotations
 
 import datetime
+import http.client
 import json
 import ssl
 import subprocess
@@ -259,5 +260,5 @@ def _health(url: str, context: ssl.SSLContext | None) -> str:
             return "" if answer.status == 200 else f"status {answer.status}"
     except urllib.error.URLError as error:
         return str(error.reason)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # the last: what answers speaks no HTTP
         return str(error) or type(error).__name__

@@ -111,7 +111,7 @@ def node_command(
     )  # fmt: skip
 
 
-def node_config_text(settings: Mapping[str, Value], problems: list[str]) -> str:
+def node_config_text(settings: Mapping[str, object], problems: list[str]) -> str:
     """Write settings as Flower's `--node-config` wants them, and add what cannot be written to `problems`."""
     words = []
     for key, value in settings.items():
@@ -119,8 +119,10 @@ def node_config_text(settings: Mapping[str, Value], problems: list[str]) -> str:
             problems.append(f"--set: got the key {key!r}; allowed: letters, digits, '-', '_', with '.' between")
         elif isinstance(value, bool):
             words.append(f"{key}={str(value).lower()}")
-        elif not isinstance(value, str):
+        elif isinstance(value, int | float):
             words.append(f"{key}={value!r}")
+        elif not isinstance(value, str):
+            problems.append(f"{key}: got {value!r}; Flower's node config takes text, numbers, true and false")
         elif "'" not in value and value.isprintable():  # Flower's reader knows no escapes
             words.append(f"{key}='{value}'")
         else:

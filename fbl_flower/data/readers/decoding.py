@@ -15,6 +15,8 @@ import numpy as np
 from fbl_flower.data.readers.source import ImageFormat
 from fbl_flower.errors import DataError
 
+_ORIENTATION = 0x0112  # tag of EXIF
+
 
 def decode_images(images: Iterable[bytes | Path | None], wanted: ImageFormat, where: Callable[[int], str]) -> np.ndarray:
     """Decode images to uint8 [N, C, H, W].
@@ -58,9 +60,7 @@ def _decode(content: bytes | Path | None, wanted: ImageFormat, where: Callable[[
 
     try:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as opened:  # type: ignore[arg-type]
-            file = _in_8_bits(
-                ImageOps.exif_transpose(opened) if wanted.upright else opened, of_16=opened.format in ("PNG", "PPM")
-            )
+            file = _in_8_bits(_turned_upright(opened) if wanted.upright else opened, of_16=opened.format in ("PNG", "PPM"))
             mode = {1: "L", 3: "RGB"}.get(wanted.channels) or ("L" if file.mode in ("1", "L") else "RGB")
             image = file.convert(mode)
     except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
@@ -73,6 +73,22 @@ def _decode(content: bytes | Path | None, wanted: ImageFormat, where: Callable[[
         image = ImageOps.fit(image, (wanted.size, wanted.size), method=Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+
+
+def _turned_upright(image: Any) -> Any:
+    """Turn an image as its EXIF orientation says. Pillow's own function also writes the other tags anew, and fails over damaged ones."""
+    from PIL.Image import Transpose
+
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # of many kinds; a file whose tags cannot be read says nothing of how it was held
+        return image
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+    }  # fmt: skip
+    turn = turns.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _in_8_bits(image: Any, *, of_16: bool) -> Any:
