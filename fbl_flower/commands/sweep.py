@@ -173,11 +173,12 @@ def run_sweep(
                     print(f"{job.row.name}, seed {job.seed}: another sweep is running it", flush=True)
                     left.append(job)
                     continue
-                if not job.result.exists() or unusable(job.row, job.result):  # of another sweep, with other settings
+                failure = _failure(job)
+                if failure:
                     failed.append(job)
                 elif peak := read_result(job.result).get("peak_bytes"):
                     gate.learn(peak)
-                print(f"{job.row.name}, seed {job.seed}: {_outcome(job)}; {len(waiting)} to start", flush=True)
+                print(f"{job.row.name}, seed {job.seed}: {failure or _score(job)}; {len(waiting)} to start", flush=True)
                 write_table(*whole_table(rows, seeds, out=out, known=known), out)
             if (running or left) and not ended:
                 time.sleep(_POLL_S)
@@ -256,10 +257,14 @@ def _begun_otherwise(job: Job) -> list[str]:
     return unfinished_otherwise(job.row, job.seed, folder_of_runs(job.result))
 
 
-def _outcome(job: Job) -> str:
+def _failure(job: Job) -> str:
+    """Say why a job that has ended failed; empty if its result can stand for its row."""
     if not job.result.exists():
         return f"failed, see {job.log}"
-    if problems := unusable(job.row, job.result):
-        return f"failed: {problems[0]}"
+    problems = unusable(job.row, job.result)  # such as of another sweep, with other settings
+    return f"failed: {problems[0]}" if problems else ""
+
+
+def _score(job: Job) -> str:
     result = read_result(job.result)
     return f"{100 * result['accuracy'][str(job.row.report_rounds[-1])]:.2f} % in {result['seconds']:.0f} s"
