@@ -11,7 +11,7 @@ from torch import nn
 from fbl_flower.config import ModelConfig
 from fbl_flower.errors import ConfigError
 from fbl_flower.models.cpu_layers import use_cpu_layers
-from fbl_flower.seeding import derive
+from fbl_flower.seeding import torch_stream
 
 _SMALLEST = 16  # pixels of images that ResNet-18 with the ImageNet stem and GroupNorm was seen to learn from
 _INIT_LOCK = threading.Lock()  # torch's initialisers draw from the global generator: one model at a time
@@ -58,7 +58,7 @@ def check_model(config: ModelConfig, *, image_size: int) -> None:
 def new_classifier(config: ModelConfig, *, channels: int, num_classes: int, seed: int) -> Classifier:
     """Make a classifier with random weights that follow from `seed` alone."""
     with _INIT_LOCK, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "model"))
+        torch.set_rng_state(torch_stream(seed, "model").get_state())
         return _build(config, channels, num_classes)
 
 

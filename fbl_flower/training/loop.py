@@ -16,6 +16,7 @@ from fbl_flower.device import autocast, keep_freed_memory, memory_format
 from fbl_flower.methods.base import LocalMethod, Step
 from fbl_flower.methods.fedavg import FEDAVG
 from fbl_flower.models import Classifier
+from fbl_flower.seeding import torch_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def train(
         groups.append({"params": [embeddings], "lr": embedding_learning_rate, "weight_decay": 0.0})
     optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
     # Drop has a stream of its own: switching alignment on changes neither the order nor the augmentation of the images.
-    drop_rng = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=rng)))
+    drop_rng = torch_generator(int(torch.randint(2**62, (), generator=rng)))
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right without P, right with P
     for _ in range(config.epochs):
         for index in batch_indices(len(examples), config.batch_size, rng):
