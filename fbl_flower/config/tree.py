@@ -10,7 +10,9 @@ from fbl_flower.config.machines import PrepareConfig, TransportConfig
 from fbl_flower.config.methods import (
     ClientsConfig,
     FedGenConfig,
+    FedLCConfig,
     FedProxConfig,
+    LogitAdjustmentConfig,
     MethodConfig,
     MoonConfig,
     ScaffoldConfig,
@@ -61,6 +63,8 @@ class RunConfig:
     moon: MoonConfig = field(default_factory=MoonConfig)
     scaffold: ScaffoldConfig = field(default_factory=ScaffoldConfig)
     fedgen: FedGenConfig = field(default_factory=FedGenConfig)
+    logit_adjustment: LogitAdjustmentConfig = field(default_factory=LogitAdjustmentConfig)
+    fedlc: FedLCConfig = field(default_factory=FedLCConfig)
     clients: ClientsConfig = field(default_factory=ClientsConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)

@@ -99,9 +99,13 @@ def train(
                     offset = alignment_offset(embeddings, batch.labels, batch.synthetic, drop=drop, rng=drop_rng)
                 logits = model.head(features if offset is None else features + offset)
                 penalty = method.penalty(Step(model=model, inputs=inputs, features=features, labels=batch.labels))
-            loss = F.cross_entropy(logits.float(), batch.labels)
+            logits = logits.float()
+            adjusted = method.adjust_logits(logits)
+            objective = loss = F.cross_entropy(logits, batch.labels)
+            if adjusted is not logits:
+                objective = F.cross_entropy(adjusted, batch.labels)
             optimizer.zero_grad()
-            (loss if penalty is None else loss + penalty).backward()
+            (objective if penalty is None else objective + penalty).backward()
             method.edit_gradients(model)
             if config.clip_norm > 0:
                 nn.utils.clip_grad_norm_(weights, config.clip_norm)
