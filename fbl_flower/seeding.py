@@ -64,4 +64,6 @@ def _check_layout() -> None:
     drawn = torch.randint(2**63 - 1, (700,), generator=_filled(1)).numpy()
     expected = ((high << 32 | low).view(np.uint64) % np.uint64(2**63 - 1)).view(np.int64)
     if (drawn != expected).any():
-        raise RuntimeError(f"torch {torch.__version__} stores the state of its random generator in another way; report this version")
+        raise RuntimeError(
+            f"torch {torch.__version__} stores the state of its random generator in another way; report this version"
+        )

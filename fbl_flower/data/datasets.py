@@ -147,6 +147,7 @@ class _Order:
 def _cut(config: DataConfig, info: DataInfo, source: Source, keys: Keys) -> DataParts:
     size = config.image_size or info.image_size
     pool, test, notes = source.train, source.test, source.notes
+
     def number(asked: int, default: int) -> int:
         return default if asked < 0 else asked
 
@@ -214,10 +215,8 @@ def _ordered(labels: np.ndarray, keys: np.ndarray, *, class_balanced: bool) -> _
     for one in np.unique(label):
         of_class = np.flatnonzero(label == one)
         rank[of_class] = np.arange(len(of_class))
-    if class_balanced:
-        position = np.lexsort((label, rank))
-    else:
-        position = np.lexsort((unique, (rank + 0.5) / np.bincount(label)[label]))
+    share_before = (rank + 0.5) / np.bincount(label)[label]
+    position = np.lexsort((label, rank) if class_balanced else (unique, share_before))
     place = np.empty(len(unique), dtype=np.int64)
     place[position] = np.arange(len(unique))
     index = np.lexsort((labels, place[group]))
