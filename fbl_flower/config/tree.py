@@ -21,6 +21,7 @@ from fbl_flower.config.methods import (
 from fbl_flower.config.options import option
 from fbl_flower.config.sections import (
     OWN,
+    OWN_IMAGES,
     PACKAGED,
     AggregationConfig,
     BalancingConfig,
@@ -115,6 +116,16 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
             f"balancing.filter: {b.filter!r} works at replays, on synthetic images: balancing.replay-period >= 1, and filling"
         )
         found.append((("balancing.filter", "balancing.replay-period", "balancing.filling"), text))
+    if g.name == OWN_IMAGES:
+        text = f"generator.name: {OWN_IMAGES!r} repeats a client's own images"
+        if b.filter != "none":
+            problem = f"{text}, and balancing.filter judges synthetic ones. Set balancing.filter = 'none'."
+            found.append((("generator.name", "balancing.filter"), problem))
+        if config.warm_start.generates:
+            problem = (
+                f"{text}; the server has none for its warm start. Choose another generator, or warm-start.images = 'public'."
+            )
+            found.append((("generator.name", "warm-start.enabled", "warm-start.images"), problem))
     if config.warm_start.enabled and config.warm_start.images == "public" and config.warm_start.num_images:
         text = f"warm-start.num-images: got {config.warm_start.num_images}; warm-start.images = 'public' takes all of them: 0"
         found.append((("warm-start.num-images", "warm-start.images", "warm-start.enabled"), text))
