@@ -17,7 +17,7 @@ def pixel_keys(images: torch.Tensor) -> np.ndarray:
         images: uint8 [N, C, H, W].
     """
     shape = repr(tuple(images.shape[1:])).encode()
-    rows = images.contiguous().numpy().reshape(len(images), -1)
+    rows = images.flatten(1).contiguous().numpy()
     keys = b"".join(hashlib.blake2b(row.data, digest_size=8, key=shape).digest() for row in rows)
     return np.frombuffer(keys, dtype=">u8").astype(np.uint64)
 
