@@ -31,6 +31,7 @@ from fbl_flower.config.sections import (
     TrainConfig,
     WarmStartConfig,
 )
+from fbl_flower.config.server import ServerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class RunConfig:
     balancing: BalancingConfig = field(default_factory=BalancingConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     fedprox: FedProxConfig = field(default_factory=FedProxConfig)
