@@ -9,6 +9,7 @@ from pathlib import Path
 from fbl_flower.config.machines import PrepareConfig, TransportConfig
 from fbl_flower.config.methods import (
     ClientsConfig,
+    FedDynConfig,
     FedGenConfig,
     FedLCConfig,
     FedProxConfig,
@@ -68,6 +69,7 @@ class RunConfig:
     fedgen: FedGenConfig = field(default_factory=FedGenConfig)
     logit_adjustment: LogitAdjustmentConfig = field(default_factory=LogitAdjustmentConfig)
     fedlc: FedLCConfig = field(default_factory=FedLCConfig)
+    feddyn: FedDynConfig = field(default_factory=FedDynConfig)
     clients: ClientsConfig = field(default_factory=ClientsConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
