@@ -34,7 +34,7 @@ from fbl_flower.federation.roster import Roster, call_roll
 from fbl_flower.federation.transport import restore
 from fbl_flower.federation.wire import PREPARE, TRAIN, Reply, Request, array_record
 from fbl_flower.methods.server import lacks_arrays, model_to_average, next_state, with_clients
-from fbl_flower.models import empty_classifier, new_classifier
+from fbl_flower.models import as_received, empty_classifier, fitted, new_classifier
 from fbl_flower.params import Arrays, all_finite, to_arrays, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 from fbl_flower.reporting.unfinished import open_run
@@ -163,7 +163,8 @@ class _Federation:
             log(INFO, "Warm start: training the initial model on %s images", config.warm_start.images)
             model = warm_start_model(config)
         else:
-            model = new_classifier(config.model, channels=info.channels, num_classes=info.num_classes, seed=config.seed)
+            network = fitted(config.model, image_size=self.parts.image_size, device=self.device)
+            model = new_classifier(network, channels=info.channels, num_classes=info.num_classes, seed=config.seed)
         embeddings = None
         if config.balancing.enabled and config.balancing.average_embeddings:
             embeddings = np.zeros((info.num_classes, model.width), dtype=np.float32)
@@ -179,7 +180,8 @@ class _Federation:
     def _with_method_state(self, point: Checkpoint) -> Checkpoint:
         def parameters() -> Iterator[tuple[str, torch.nn.Parameter]]:
             info = self.parts.info
-            return empty_classifier(self.config.model, channels=info.channels, num_classes=info.num_classes).named_parameters()
+            network = as_received(self.config.model, point.arrays)
+            return empty_classifier(network, channels=info.channels, num_classes=info.num_classes).named_parameters()
 
         methods = [role.method for role in self.roles.values()]
         return replace(point, method_state=with_clients(point.method_state, methods, parameters))
