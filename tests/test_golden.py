@@ -89,5 +89,7 @@ def test_numbers_are_those_of_the_golden_files(data: str, tmp_path: Path) -> Non
         file.write_text(f'{{"machine": {json.dumps(machine())}, "runs": {{\n{runs}\n}}}}\n', encoding="utf-8")
     else:
         assert found.keys() == golden["runs"].keys()
-        changed = {name: (run["rows"][-1], found[name]["rows"][-1]) for name, run in golden["runs"].items() if run != found[name]}
+        changed = {
+            name: (run["rows"][-1], found[name]["rows"][-1]) for name, run in golden["runs"].items() if run != found[name]
+        }
         assert not changed

@@ -15,7 +15,6 @@ from fbl_flower.models import Classifier, as_received, check_model, empty_classi
 from fbl_flower.models.cpu_layers import use_cpu_layers
 from fbl_flower.params import to_arrays
 
-
 FULL: dict[str, Any] = {"width": 64, "stem": "imagenet"}  # ResNet-18 as torchvision has it
 
 

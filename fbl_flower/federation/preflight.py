@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from flwr.common.logger import log
 
-from fbl_flower.config import RunConfig
+from fbl_flower.config import OWN_IMAGES, RunConfig
 from fbl_flower.data.corruption import believed_labels
 from fbl_flower.data.datasets import load_parts, scored_part
 from fbl_flower.data.partition import partition
@@ -59,7 +59,8 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
         network = fitted(config.model, image_size=parts.image_size, device=device)
         attempt(partial(check_model, network, image_size=parts.image_size))
     somebody_fills = any(role.capability != "none" for role in drawn_roles(config))
-    needed = (config.balancing.enabled and config.balancing.filling and somebody_fills) or config.warm_start.generates
+    fills = config.balancing.enabled and config.balancing.filling and config.generator.name != OWN_IMAGES
+    needed = (fills and somebody_fills) or config.warm_start.generates
     generator_problems: list[str] = []
     if needed:
         generator_problems = check_generator(config, parts) if parts is not None else check_generator_files(config)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fbl_flower.balancing.state import BalancingState, StateStore
-from fbl_flower.config import RunConfig
+from fbl_flower.config import OWN_IMAGES, RunConfig
 from fbl_flower.data.corruption import private_examples
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import Examples, concatenate
@@ -56,9 +56,10 @@ def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays, *, simula
     filled = np.stack([c.fill.counts(len(names)).numpy() for c in clients])
     before = np.stack([c.real.counts(len(names)).numpy() for c in clients])
     kept = np.stack([c.plan.keep if c.plan else b for c, b in zip(clients, before, strict=True)])
-    class_counts(before, kept, filled, names, run.path / "class_counts.png")
     synthetic = concatenate(*(c.fill for c in clients))
-    if len(synthetic) == 0:
+    kind = "repeated" if config.generator.name == OWN_IMAGES else "synthetic"
+    class_counts(before, kept, filled, names, run.path / "class_counts.png", kind=kind)
+    if not synthetic.synthetic.any():  # none, or repeats of own images
         return
     everyone = private_examples(config, parts, torch.arange(len(parts.private)))
     gallery(everyone, synthetic, names, run.path / "gallery.png")

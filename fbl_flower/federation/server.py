@@ -27,15 +27,17 @@ from fbl_flower.errors import FBLError, RunFailed
 from fbl_flower.federation.attendance import Attendance
 from fbl_flower.federation.cost import Traffic, payload_bytes
 from fbl_flower.federation.exchange import ask, is_simulated
+from fbl_flower.federation.global_model import next_point, server_in_words, with_average
 from fbl_flower.federation.method_rounds import announce, packed_state, roles_of, update_of
 from fbl_flower.federation.preflight import preflight
 from fbl_flower.federation.report import write_report
 from fbl_flower.federation.roster import Roster, call_roll
 from fbl_flower.federation.transport import restore
 from fbl_flower.federation.wire import PREPARE, TRAIN, Reply, Request, array_record
-from fbl_flower.methods.server import lacks_arrays, model_to_average, next_state, with_clients
+from fbl_flower.methods.server import lacks_arrays, with_clients
+from fbl_flower.methods.server_step import AVERAGE
 from fbl_flower.models import as_received, empty_classifier, fitted, new_classifier
-from fbl_flower.params import Arrays, all_finite, to_arrays, weighted_mean
+from fbl_flower.params import Arrays, all_finite, to_arrays
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 from fbl_flower.reporting.unfinished import open_run
 from fbl_flower.seeding import numpy_stream
@@ -45,6 +47,7 @@ from fbl_flower.training.roles import Role
 from fbl_flower.training.round import load_classifier
 
 app = ServerApp()
+_SCORES = ("accuracy", "loss", "averaged_accuracy", "averaged_loss")
 
 
 @app.main()
@@ -106,11 +109,14 @@ class _Federation:
         roster = call_roll(self.grid, num_clients=config.num_clients, timeout=config.prepare.timeout)
         self.roles = roles_of(config, roster)
         announce(self.roles, balancing=config.balancing.enabled)
+        if extras := server_in_words(config):
+            log(INFO, "Server: %s", extras)
         self.attendance = Attendance(self.grid, self.run_dir, roster)
         self._prepare(roster)
         prepare_seconds = time.perf_counter() - started
         earlier = sum(row["clients_seconds"] + row["evaluate_seconds"] for row in self.run_dir.read_rows("timings.jsonl"))
         point = start or self._first_point(started)
+        self.network = as_received(config.model, point.arrays)
         checkpoint_round = point.server_round
         for row in self.run_dir.read_rows("metrics.jsonl"):
             self.last_round |= dict.fromkeys(row.get("clients", ()), row["round"])
@@ -121,7 +127,10 @@ class _Federation:
                 announce(self.roles, balancing=config.balancing.enabled)  # a node came late, with a method that nobody had
             point = self._with_method_state(point)
             result = self._train(point, server_round, checkpoint_round)
-            point = self._aggregate(result, point, server_round)
+            point = next_point(
+                point, result.replies, self.roles, config=config, server_round=server_round, parameters=self._parameters
+            )
+            point = with_average(point, config)
             self._record(result, point)
             if server_round % config.checkpoint_every == 0 or server_round == config.num_server_rounds:
                 self._write_checkpoint(point)
@@ -169,6 +178,7 @@ class _Federation:
         if config.balancing.enabled and config.balancing.average_embeddings:
             embeddings = np.zeros((info.num_classes, model.width), dtype=np.float32)
         point = Checkpoint(server_round=0, arrays=to_arrays(model.state_dict()), embeddings=embeddings)
+        point = with_average(point, config)
         traffic, seconds = Traffic(sent={}, received={}, elapsed={}), time.perf_counter() - started
         self._record(_Round(replies={}, failures={}, traffic=traffic, seconds=seconds), point)
         self._write_checkpoint(point)
@@ -178,13 +188,12 @@ class _Federation:
         self.run_dir.write_checkpoint(replace(point, data=self.parts.identity))
 
     def _with_method_state(self, point: Checkpoint) -> Checkpoint:
-        def parameters() -> Iterator[tuple[str, torch.nn.Parameter]]:
-            info = self.parts.info
-            network = as_received(self.config.model, point.arrays)
-            return empty_classifier(network, channels=info.channels, num_classes=info.num_classes).named_parameters()
-
         methods = [role.method for role in self.roles.values()]
-        return replace(point, method_state=with_clients(point.method_state, methods, parameters))
+        return replace(point, method_state=with_clients(point.method_state, methods, self._parameters))
+
+    def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        info = self.parts.info
+        return empty_classifier(self.network, channels=info.channels, num_classes=info.num_classes).named_parameters()
 
     def _train(self, point: Checkpoint, server_round: int, checkpoint_round: int) -> _Round:
         started = time.perf_counter()
@@ -256,23 +265,6 @@ class _Federation:
             return f"it did not send the arrays of its method, {update.method}"
         return reply
 
-    def _aggregate(self, result: _Round, point: Checkpoint, server_round: int) -> Checkpoint:
-        """FedAvg: the mean of the clients' models, as `aggregation.weight-by` says. Clients without images weigh nothing."""
-        replies = list(result.replies.values())
-        by = self.config.aggregation.weight_by
-        sizes = [r.num_real if by == "real" else r.num_examples for r in replies]
-        weights = [float(size > 0 if by == "equal" else size) for size in sizes]
-        if sum(weights) == 0:  # only clients without images: nothing was learned
-            return replace(point, server_round=server_round)
-        embeddings = point.embeddings
-        shared = [(r.embeddings, w) for r, w in zip(replies, weights, strict=True) if r.embeddings is not None and w > 0]
-        if embeddings is not None and shared:
-            embeddings = weighted_mean([{"P": e} for e, _ in shared], [w for _, w in shared])["P"]
-        updates = [update_of(reply, self.roles[client]) for client, reply in result.replies.items()]
-        arrays = weighted_mean([model_to_average(u, point.arrays, self.config) for u in updates], weights)
-        method_state = next_state(point.method_state, updates, config=self.config, server_round=server_round)
-        return Checkpoint(server_round=server_round, arrays=arrays, embeddings=embeddings, method_state=method_state)
-
     def _record(self, result: _Round, point: Checkpoint) -> None:
         """Evaluate on the whole test set (or validation part), and write one line of metrics and one of timings."""
         started = time.perf_counter()
@@ -286,6 +278,8 @@ class _Federation:
         replies = result.replies.values()
         num_examples = sum(r.num_examples for r in replies)
         row: dict[str, Any] = {"round": point.server_round, "accuracy": evaluation.accuracy, "loss": evaluation.loss}
+        if AVERAGE in point.method_state:
+            row |= _scores("averaged", self._evaluate(point.method_state[AVERAGE]))
         line = f"Round {point.server_round}/{self.config.num_server_rounds}: accuracy {100 * evaluation.accuracy:.2f} %"
         if replies:
             row |= {
@@ -323,6 +317,8 @@ class _Federation:
 
     def _finish(self, point: Checkpoint, prepare_seconds: float, seconds: float) -> None:
         self.run_dir.write_model(point.arrays)
+        if AVERAGE in point.method_state:
+            self.run_dir.write_model(point.method_state[AVERAGE], "averaged.safetensors")
         rows = self.run_dir.read_rows("metrics.jsonl")
         left_out = {str(row["round"]): row["left_out"] for row in rows if row.get("left_out")}
         self.run_dir.write_json(
@@ -331,8 +327,7 @@ class _Federation:
                 "status": "completed",
                 "rounds": point.server_round,
                 "evaluated_on": self.config.data.evaluate_on,
-                "final_accuracy": rows[-1]["accuracy"],
-                "final_loss": rows[-1]["loss"],
+                **{f"final_{name}": rows[-1][name] for name in _SCORES if name in rows[-1]},
                 "not_prepared": self.attendance.not_prepared,
                 "left_out": left_out,
                 "seconds_to_prepare": prepare_seconds,
@@ -349,6 +344,10 @@ class _Federation:
         if left_out or self.attendance.not_prepared:
             log(WARNING, "Clients failed in this run; summary.json names them")
         log(INFO, "Run directory: %s", self.run_dir.path)
+
+
+def _scores(kind: str, evaluation: Evaluation) -> dict[str, float]:
+    return {f"{kind}_accuracy": evaluation.accuracy, f"{kind}_loss": evaluation.loss}
 
 
 def choose_clients(

@@ -105,6 +105,7 @@ def run_local_round(
         embeddings=embeddings,
         embedding_learning_rate=b.embedding_learning_rate,
         drop=b.drop,
+        synthetic_weight=b.synthetic_weight,
         method=method,
     )
     if state is not None and embeddings is not None:
