@@ -19,6 +19,7 @@ from fbl_flower.data.datasets import forget_parts
 from fbl_flower.errors import RunFailed, StateError
 from fbl_flower.federation import client, server
 from fbl_flower.federation.local import LocalGrid, run_local
+from fbl_flower.federation.report import choices_by_round
 from fbl_flower.federation.wire import Request
 from fbl_flower.reporting.rundir import Checkpoint
 
@@ -235,3 +236,23 @@ def test_an_error_that_cannot_be_noted_still_reaches_the_server(tmp_path: Path, 
         answer = client.prepare(message, context)
         assert answer.has_error() and answer.error.reason.startswith("RuntimeError")
     assert "caf\\udce9" in (tmp_path / "good" / "client-errors.log").read_text(encoding="utf-8")
+
+
+def test_choices_are_summed_by_round(tmp_path: Path) -> None:
+    """Round 6: 10 + 4 kept, 7 + 1 of them before, 1 + 0 replayed; the first choices count nowhere, a repeated round once."""
+    lines = {
+        "a": [(1, 10, None, 0), (6, 10, 9, 9), (6, 10, 7, 1)],
+        "b": [(2, 4, None, 0), (6, 4, 1, 0), (11, 4, 4, 0)],
+        "c": [],
+    }
+    for name, rows in lines.items():
+        (tmp_path / name).mkdir()
+        text = "".join(
+            json.dumps({"round": r, "kept": k, "kept_again": again, "replayed": n}) + "\n" for r, k, again, n in rows
+        )
+        if rows:
+            (tmp_path / name / "choices.jsonl").write_text(text)
+    assert choices_by_round([tmp_path / name for name in lines]) == [
+        {"round": 6, "clients": 2, "kept": 14, "kept_again": 8, "replayed": 1},
+        {"round": 11, "clients": 1, "kept": 4, "kept_again": 4, "replayed": 0},
+    ]

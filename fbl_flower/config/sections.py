@@ -56,9 +56,18 @@ class ModelConfig:
     """The classifier: features F, then a linear head H."""
 
     name: str = option("resnet18", "network; tiny is a small convolutional one for tests", choices=("resnet18", "tiny"))
-    stem: str = option("imagenet", "first layers of ResNet-18: 7x7/2 and max-pool, or 3x3/1", choices=("imagenet", "32x32"))
+    stem: str = option(
+        "auto",
+        "first layers of ResNet-18: 7x7/2 and max-pool (imagenet), or 3x3/1 (32x32); auto: 32x32 up to 64 pixels",
+        choices=("auto", "imagenet", "32x32"),
+    )
     norm: str = option("group", "normalisation of ResNet-18", choices=("group", "batch"))
-    width: int = option(64, "channels of ResNet-18's first stage, a multiple of 8; 64 is ResNet-18", low=8, high=256)
+    width: int = option(
+        0,
+        "channels of ResNet-18's first stage, a multiple of 8; 64 is ResNet-18; 0: 64 where the server has a GPU, else 16",
+        low=0,
+        high=256,
+    )
     projection_width: int = option(
         0, "outputs of two more layers before the last one, for every method, as MOON's paper has 256; 0: none", low=0
     )

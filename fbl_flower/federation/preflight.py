@@ -16,7 +16,7 @@ from fbl_flower.data.partition import partition
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, DataError, FBLError, GeneratorError
 from fbl_flower.generation.loading import check_generator, check_generator_files
-from fbl_flower.models import check_model
+from fbl_flower.models import check_model, fitted
 from fbl_flower.training.central import public_examples
 from fbl_flower.training.roles import drawn_roles
 
@@ -54,8 +54,10 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
         attempt(partial(scored_part, config.data, parts))
         if config.warm_start.enabled and config.warm_start.images == "public":
             attempt(partial(public_examples, parts))
-        attempt(partial(check_model, config.model, image_size=parts.image_size))
-    attempt(lambda: pick_device(config))
+    device = attempt(lambda: pick_device(config))
+    if parts is not None and device is not None:
+        network = fitted(config.model, image_size=parts.image_size, device=device)
+        attempt(partial(check_model, network, image_size=parts.image_size))
     somebody_fills = any(role.capability != "none" for role in drawn_roles(config))
     fills = config.balancing.enabled and config.balancing.filling and config.generator.name != OWN_IMAGES
     needed = (fills and somebody_fills) or config.warm_start.generates

@@ -36,7 +36,7 @@ from fbl_flower.federation.transport import restore
 from fbl_flower.federation.wire import PREPARE, TRAIN, Reply, Request, array_record
 from fbl_flower.methods.server import lacks_arrays, with_clients
 from fbl_flower.methods.server_step import AVERAGE
-from fbl_flower.models import empty_classifier, new_classifier
+from fbl_flower.models import as_received, empty_classifier, fitted, new_classifier
 from fbl_flower.params import Arrays, all_finite, to_arrays
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 from fbl_flower.reporting.unfinished import open_run
@@ -116,6 +116,7 @@ class _Federation:
         prepare_seconds = time.perf_counter() - started
         earlier = sum(row["clients_seconds"] + row["evaluate_seconds"] for row in self.run_dir.read_rows("timings.jsonl"))
         point = start or self._first_point(started)
+        self.network = as_received(config.model, point.arrays)
         checkpoint_round = point.server_round
         for row in self.run_dir.read_rows("metrics.jsonl"):
             self.last_round |= dict.fromkeys(row.get("clients", ()), row["round"])
@@ -171,7 +172,8 @@ class _Federation:
             log(INFO, "Warm start: training the initial model on %s images", config.warm_start.images)
             model = warm_start_model(config)
         else:
-            model = new_classifier(config.model, channels=info.channels, num_classes=info.num_classes, seed=config.seed)
+            network = fitted(config.model, image_size=self.parts.image_size, device=self.device)
+            model = new_classifier(network, channels=info.channels, num_classes=info.num_classes, seed=config.seed)
         embeddings = None
         if config.balancing.enabled and config.balancing.average_embeddings:
             embeddings = np.zeros((info.num_classes, model.width), dtype=np.float32)
@@ -191,7 +193,7 @@ class _Federation:
 
     def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         info = self.parts.info
-        return empty_classifier(self.config.model, channels=info.channels, num_classes=info.num_classes).named_parameters()
+        return empty_classifier(self.network, channels=info.channels, num_classes=info.num_classes).named_parameters()
 
     def _train(self, point: Checkpoint, server_round: int, checkpoint_round: int) -> _Round:
         started = time.perf_counter()

@@ -8,6 +8,7 @@ nodes.json           the nodes, their clients, which of these are prepared or wh
 summary.json         status, final accuracy, what went wrong
 checkpoint.safetensors   the last checkpoint: model, round, and what the server keeps for methods and its own step
 model.safetensors    the final model
+choices.json         in simulation: how many kept images each replay kept again, and brought back, summed over the clients
 averaged.safetensors     its average over rounds, with server.average
 *.png                pictures
 """

@@ -15,7 +15,7 @@ from fbl_flower.data.examples import Examples
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, RunFailed
 from fbl_flower.generation.cache import ImageCache, generate_cached
-from fbl_flower.models import Classifier, new_classifier
+from fbl_flower.models import Classifier, fitted, new_classifier
 from fbl_flower.seeding import derive, torch_stream
 from fbl_flower.training.evaluation import evaluate
 from fbl_flower.training.loop import train
@@ -34,7 +34,8 @@ def train_centrally(config: RunConfig, parts: DataParts, examples: Examples, *, 
         seed: Of the weights, the order and the augmentation.
     """
     device = pick_device(config)
-    model = new_classifier(config.model, channels=parts.info.channels, num_classes=parts.info.num_classes, seed=seed).to(device)
+    network = fitted(config.model, image_size=parts.image_size, device=device)
+    model = new_classifier(network, channels=parts.info.channels, num_classes=parts.info.num_classes, seed=seed).to(device)
     settings = replace(config.train, epochs=epochs)
     trained = train(
         model,
