@@ -74,9 +74,12 @@ def with_average(point: Checkpoint, config: RunConfig) -> Checkpoint:
 
 def server_in_words(config: RunConfig) -> str:
     """Say what the server does beside averaging; empty: nothing."""
-    server, parts = config.server, []
+    server, tuning, parts = config.server, config.server_tuning, []
     if server.optimizer != "none":
         parts.append(f"optimizer {server.optimizer}, learning rate {server.learning_rate:g}")
     if server.average:
         parts.append(f"an average over rounds, decay {server.average:g}")
+    if tuning.generates:
+        when = f"every {tuning.every} rounds" if tuning.every else "after the last round"
+        parts.append(f"tunes its {tuning.part} on {tuning.num_images} images of its generator {when}")
     return "; ".join(parts)
