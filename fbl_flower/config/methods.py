@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 from fbl_flower.config.options import option
 
-METHODS = ("fedavg", "fedprox", "moon", "scaffold", "fedgen", "logit-adjustment", "fedlc")
+METHODS = ("fedavg", "fedprox", "moon", "scaffold", "fedgen", "logit-adjustment", "fedlc", "feddyn")
 CAPABILITIES = ("full", "rich", "none")
 
 
@@ -68,6 +68,15 @@ class FedLCConfig:
     """FedLC (Zhang et al., arXiv 2209.00189)."""
 
     tau: float = option(1.0, "weight of the calibration of logits; 0: FedAvg", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedDynConfig:
+    """FedDyn (Acar et al., arXiv 2111.04263)."""
+
+    alpha: float = option(
+        0.01, "weight of the dynamic regulariser; 0: FedAvg; 0.01 is that of the authors' example for CIFAR-10", low=0.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from fbl_flower.config import RunConfig
 from fbl_flower.federation.method_rounds import update_of
 from fbl_flower.federation.wire import Reply
-from fbl_flower.methods.server import model_to_average, next_state
+from fbl_flower.methods.server import corrected, model_to_average, next_state
 from fbl_flower.methods.server_step import AVERAGE, next_average, server_step
 from fbl_flower.params import weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint
@@ -52,6 +52,7 @@ def next_point(
     updates = [update_of(reply, roles[client]) for client, reply in replies.items()]
     arrays = weighted_mean([model_to_average(u, point.arrays, config) for u in updates], weights)
     state = next_state(point.method_state, updates, config=config, server_round=server_round)
+    arrays, state = corrected(arrays, point.arrays, state, updates, config=config)
     if config.server.optimizer != "none":
         names = [name for name, _ in parameters()]
         arrays, moved = server_step(point.arrays, arrays, state, config=config.server, parameters=names)
@@ -73,9 +74,12 @@ def with_average(point: Checkpoint, config: RunConfig) -> Checkpoint:
 
 def server_in_words(config: RunConfig) -> str:
     """Say what the server does beside averaging; empty: nothing."""
-    server, parts = config.server, []
+    server, tuning, parts = config.server, config.server_tuning, []
     if server.optimizer != "none":
         parts.append(f"optimizer {server.optimizer}, learning rate {server.learning_rate:g}")
     if server.average:
         parts.append(f"an average over rounds, decay {server.average:g}")
+    if tuning.generates:
+        when = f"every {tuning.every} rounds" if tuning.every else "after the last round"
+        parts.append(f"tunes its {tuning.part} on {tuning.num_images} images of its generator {when}")
     return "; ".join(parts)

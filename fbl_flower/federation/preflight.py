@@ -31,7 +31,7 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
     Args:
         config: The run's.
         clients_here: The clients share this machine. Where they have their own, each checks its generator itself, and one that is
-            not here is no more than a warning, unless the server is to generate (`warm-start`).
+            not here is no more than a warning, unless the server is to generate (`warm-start`, `server-tuning`).
 
     Raises:
         DataError: A file is missing or damaged.
@@ -60,11 +60,11 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
         attempt(partial(check_model, network, image_size=parts.image_size))
     somebody_fills = any(role.capability != "none" for role in drawn_roles(config))
     fills = config.balancing.enabled and config.balancing.filling and config.generator.name != OWN_IMAGES
-    needed = (fills and somebody_fills) or config.warm_start.generates
+    needed = (fills and somebody_fills) or config.server_generates
     generator_problems: list[str] = []
     if needed:
         generator_problems = check_generator(config, parts) if parts is not None else check_generator_files(config)
-    if generator_problems and not (clients_here or config.warm_start.generates):
+    if generator_problems and not (clients_here or config.server_generates):
         log(WARNING, "Not on this machine, and needed on each node that generates: %s", "; ".join(generator_problems))
         generator_problems = []
     settings = [problem for error in found if isinstance(error, ConfigError) for problem in error.problems]

@@ -45,9 +45,10 @@ from fbl_flower.training.central import warm_start_model
 from fbl_flower.training.evaluation import Evaluation, evaluate
 from fbl_flower.training.roles import Role
 from fbl_flower.training.round import load_classifier
+from fbl_flower.training.server_tuning import tune
 
 app = ServerApp()
-_SCORES = ("accuracy", "loss", "averaged_accuracy", "averaged_loss")
+_SCORES = ("accuracy", "loss", "averaged_accuracy", "averaged_loss", "untuned_accuracy", "untuned_loss")
 
 
 @app.main()
@@ -84,6 +85,7 @@ class _Round:
     failures: dict[int, str]
     traffic: Traffic
     seconds: float
+    tuning_seconds: float = 0.0
 
 
 class _Federation:
@@ -114,10 +116,13 @@ class _Federation:
         self.attendance = Attendance(self.grid, self.run_dir, roster)
         self._prepare(roster)
         prepare_seconds = time.perf_counter() - started
-        earlier = sum(row["clients_seconds"] + row["evaluate_seconds"] for row in self.run_dir.read_rows("timings.jsonl"))
+        earlier = sum(
+            row["clients_seconds"] + row.get("tuning_seconds", 0) + row["evaluate_seconds"]
+            for row in self.run_dir.read_rows("timings.jsonl")
+        )
         point = start or self._first_point(started)
         self.network = as_received(config.model, point.arrays)
-        checkpoint_round = point.server_round
+        checkpoint_round, tuned = point.server_round, None
         for row in self.run_dir.read_rows("metrics.jsonl"):
             self.last_round |= dict.fromkeys(row.get("clients", ()), row["round"])
         for server_round in range(point.server_round + 1, config.num_server_rounds + 1):
@@ -127,15 +132,18 @@ class _Federation:
                 announce(self.roles, balancing=config.balancing.enabled)  # a node came late, with a method that nobody had
             point = self._with_method_state(point)
             result = self._train(point, server_round, checkpoint_round)
-            point = next_point(
+            untuned = next_point(
                 point, result.replies, self.roles, config=config, server_round=server_round, parameters=self._parameters
             )
-            point = with_average(point, config)
-            self._record(result, point)
+            tuned, tuning_seconds = self._tune(untuned)
+            point = with_average(replace(untuned, arrays=tuned) if tuned and config.server_tuning.every else untuned, config)
+            self._record(replace(result, tuning_seconds=tuning_seconds), point, tuned=tuned, untuned=untuned.arrays)
             if server_round % config.checkpoint_every == 0 or server_round == config.num_server_rounds:
                 self._write_checkpoint(point)
                 checkpoint_round = server_round
-        self._finish(point, prepare_seconds, earlier + time.perf_counter() - started)
+        if tuned is None and not config.server_tuning.every:
+            tuned, _ = self._tune(point)  # resumed after its last round
+        self._finish(point, tuned or point.arrays, prepare_seconds, earlier + time.perf_counter() - started)
 
     def _prepare(self, roster: Roster) -> None:
         """Ask every client to check its machine and get its data ready, and name those that could not."""
@@ -266,10 +274,20 @@ class _Federation:
             return f"it did not send the arrays of its method, {update.method}"
         return reply
 
-    def _record(self, result: _Round, point: Checkpoint) -> None:
-        """Evaluate on the whole test set (or validation part), and write one line of metrics and one of timings."""
+    def _tune(self, point: Checkpoint) -> tuple[Arrays | None, float]:
+        """Return the tuned model, or None in a round that has none, and the seconds that it took."""
+        started, config = time.perf_counter(), self.config
+        if not config.server_tuning.due(point.server_round, last=config.num_server_rounds):
+            return None, 0.0
+        return tune(point.arrays, config, self.parts, server_round=point.server_round), time.perf_counter() - started
+
+    def _record(self, result: _Round, point: Checkpoint, *, tuned: Arrays | None = None, untuned: Arrays | None = None) -> None:
+        """Evaluate on the whole test set (or validation part), and write one line of metrics and one of timings.
+
+        `accuracy` is of the tuned model where there is one, else of the point's.
+        """
         started = time.perf_counter()
-        evaluation = self._evaluate(point.arrays)
+        evaluation = self._evaluate(tuned or point.arrays)
         kept = [point.arrays, *point.method_state.values(), {} if point.embeddings is None else {"P": point.embeddings}]
         if not (math.isfinite(evaluation.loss) and all(map(all_finite, kept))):
             raise RunFailed(
@@ -281,6 +299,8 @@ class _Federation:
         row: dict[str, Any] = {"round": point.server_round, "accuracy": evaluation.accuracy, "loss": evaluation.loss}
         if AVERAGE in point.method_state:
             row |= _scores("averaged", self._evaluate(point.method_state[AVERAGE]))
+        if tuned is not None and untuned is not None:
+            row |= _scores("untuned", self._evaluate(untuned))
         line = f"Round {point.server_round}/{self.config.num_server_rounds}: accuracy {100 * evaluation.accuracy:.2f} %"
         if replies:
             row |= {
@@ -301,6 +321,7 @@ class _Federation:
             {
                 "round": point.server_round,
                 "clients_seconds": result.seconds,
+                "tuning_seconds": result.tuning_seconds,
                 "evaluate_seconds": time.perf_counter() - started,
                 "client_seconds": computing,
                 "waiting_seconds": result.traffic.waiting(computing),
@@ -316,8 +337,8 @@ class _Federation:
         images = scored_part(self.config.data, self.parts).to(self.device)
         return evaluate(model, images)
 
-    def _finish(self, point: Checkpoint, prepare_seconds: float, seconds: float) -> None:
-        self.run_dir.write_model(point.arrays)
+    def _finish(self, point: Checkpoint, model: Arrays, prepare_seconds: float, seconds: float) -> None:
+        self.run_dir.write_model(model)
         if AVERAGE in point.method_state:
             self.run_dir.write_model(point.method_state[AVERAGE], "averaged.safetensors")
         rows = self.run_dir.read_rows("metrics.jsonl")
@@ -337,7 +358,7 @@ class _Federation:
         )
         try:
             if self.config.pictures:
-                write_report(self.run_dir, self.config, point.arrays, simulated=is_simulated(self.grid))
+                write_report(self.run_dir, self.config, model, simulated=is_simulated(self.grid))
         except Exception as error:  # the run itself is whole
             log(WARNING, "Not every picture could be drawn: %s", error)
         scored = len(scored_part(self.config.data, self.parts))
