@@ -211,11 +211,18 @@ def test_under_autocast_a_small_map_is_computed_in_bf16_with_the_gradients_of_fl
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Conv2d(4, 4, 3, bias=True), nn.Conv2d(4, 4, 3, bias=False, groups=2), nn.Conv2d(4, 4, 3, bias=False, dilation=2)],
+    [
+        nn.Conv2d(4, 4, 3, bias=True),
+        nn.Conv2d(4, 4, 3, bias=False, groups=2),
+        nn.Conv2d(4, 4, 3, bias=False, dilation=2),
+        nn.Conv2d(4, 4, 1, bias=False, padding=1),
+        nn.Conv2d(4, 4, 5, bias=False, padding=4, stride=3),
+    ],
 )
 def test_other_convolutions_stay_torchs_own(layer: nn.Module) -> None:
     use_cpu_layers(layer)
     assert type(layer) is nn.Conv2d
+    layer(torch.zeros(1, 4, 1, 1) if layer.padding != (0, 0) else torch.zeros(1, 4, 5, 5))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

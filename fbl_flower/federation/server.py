@@ -267,7 +267,8 @@ class _Federation:
         vectors = {} if reply.embeddings is None else {"P": reply.embeddings}
         reply = replace(reply, arrays=restore(reply.arrays, point.arrays, precision=self.config.transport.precision))
         update = update_of(reply, self.roles[client])
-        if not (all(map(all_finite, (reply.arrays, vectors, update.extra))) and math.isfinite(reply.loss)):
+        numbers = math.isfinite(reply.loss) and math.isfinite(reply.seconds)
+        if not (numbers and all(map(all_finite, (reply.arrays, vectors, update.extra)))):
             return "its model or its loss is not finite"
         if lacks_arrays(update, point.method_state):
             return f"it did not send the arrays of its method, {update.method}"
