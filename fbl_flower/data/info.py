@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+from fbl_flower.data.readers.source import plain
 from fbl_flower.data.readers.tiny_imagenet_names import TINY_IMAGENET
 
 
@@ -19,6 +21,7 @@ class DataInfo:
         shift: Largest shift of the augmentation, in pixels of the native size.
         flip: Whether a mirrored image is still of its class.
         num_test, num_public, num_validation, num_private: Default sizes; validation is a part of public.
+        notes: What reading it passed over or decided, for the log.
     """
 
     name: str
@@ -31,6 +34,7 @@ class DataInfo:
     num_public: int
     num_validation: int
     num_private: int
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def num_classes(self) -> int:
@@ -86,6 +90,14 @@ DATASETS = {
         ),
     )
 }  # fmt: skip
+
+
+def spellings(info: DataInfo) -> Mapping[str, int]:
+    """Return the label of each spelling of a packaged data set's classes, as `plain` writes them; WordNet ids for Tiny-ImageNet."""
+    found = {plain(name): label for label, name in enumerate(info.class_names)}
+    if info.name == "tiny-imagenet":
+        found |= {wnid: label for label, wnid in enumerate(TINY_IMAGENET)}
+    return found
 
 
 def sized_by_share(info: DataInfo, *, num_train: int, num_test: int, test_share: float) -> DataInfo:
