@@ -231,3 +231,29 @@ def test_resnet18_is_torchvisions_own_function_at_sizes_with_maps_of_one_pixel()
     for side in (8, 28, 32, 64):
         x = torch.randn(2, 3, side, side)
         assert torch.allclose(model.features(x), reference(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_width_64_is_torchvisions_resnet18(norm: str) -> None:
+    """The same names and shapes, the same function of the same weights, and initial weights of the same spread."""
+    ours = new_classifier(ModelConfig(norm=norm), channels=3, num_classes=10, seed=0).features
+    theirs = resnet18(norm_layer=partial(torch.nn.GroupNorm, 32) if norm == "group" else None)
+    theirs.fc = torch.nn.Identity()
+    stds = {name: tensor.std().item() for name, tensor in theirs.state_dict().items() if tensor.ndim == 4}
+    for name, std in stds.items():
+        assert ours.state_dict()[name].std().item() == pytest.approx(std, rel=0.1)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(ours.eval()(images), theirs.eval()(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "parameters"), [(16, 701_466), (24, 1_575_202), (32, 2_797_610)])
+def test_narrow_networks(width: int, parameters: int) -> None:
+    """As torch counts them; the last features are 8 w wide, and a group of GroupNorm has two channels in the first stage."""
+    model = new_classifier(ModelConfig(width=width, stem="32x32", norm="batch"), channels=3, num_classes=10, seed=0)
+    assert model.width == 8 * width
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    group = new_classifier(ModelConfig(width=width, stem="32x32"), channels=3, num_classes=10, seed=0)
+    groups = {m.num_groups for m in group.modules() if isinstance(m, torch.nn.GroupNorm)}
+    assert groups == {width // 2}
+    assert group(torch.zeros(1, 3, 32, 32)).shape == (1, 10)

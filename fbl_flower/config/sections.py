@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 
+from fbl_flower.config.class_names import read_class_names
 from fbl_flower.config.options import option
 
 PACKAGED = ("mnist5k", "digits")  # data sets that come with a package
@@ -21,9 +21,13 @@ class DataConfig:
     path: str = option(
         "", "file or folder of the data set, or hf://datasets/OWNER/NAME; empty: as installed, or downloaded (see docs/data.md)"
     )
-    classes: str = option("", "names between commas, in the order of the labels; for folder and parquet")
+    classes: str = option(
+        "",
+        "names in the order of the labels, for folder and parquet: between commas, as a JSON list, or @FILE with a name per line",
+    )
     image_size: int = option(0, "height and width in pixels; 0: as the data set has it", low=0, high=1024)
     channels: int = option(0, "1: grey, 3: colour; 0: as the data set has it, and 3 for folder", low=0, high=3)
+    background: str = option("white", "ground that transparent images are laid over: white | black | #rrggbb")
     num_test: int = option(-1, "test images, for the server; -1: the data set's own number", low=-1)
     num_public: int = option(-1, "public images, owned by no client; -1: the data set's own number", low=-1)
     num_validation: int = option(-1, "of the public images, those kept for tuning; -1: the data set's own number", low=-1)
@@ -45,9 +49,14 @@ class DataConfig:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names in `classes`, without the blanks around them, in Unicode's form NFC; none where it is empty."""
-        text = unicodedata.normalize("NFC", self.classes)
-        return tuple(name.strip() for name in text.split(",")) if text.strip() else ()
+        """The names in `classes`, in Unicode's form NFC; none where it is empty."""
+        return read_class_names(self.classes)
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """Red, green and blue of `background`, 0 .. 255."""
+        code = {"white": "#ffffff", "black": "#000000"}.get(self.background, self.background)
+        return int(code[1:3], 16), int(code[3:5], 16), int(code[5:7], 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +66,7 @@ class ModelConfig:
     name: str = option("resnet18", "network; tiny is a small convolutional one for tests", choices=("resnet18", "tiny"))
     stem: str = option("imagenet", "first layers of ResNet-18: 7x7/2 and max-pool, or 3x3/1", choices=("imagenet", "32x32"))
     norm: str = option("group", "normalisation of ResNet-18", choices=("group", "batch"))
+    width: int = option(64, "channels of ResNet-18's first stage, a multiple of 8; 64 is ResNet-18", low=8, high=256)
     projection_width: int = option(
         0, "outputs of two more layers before the last one, for every method, as MOON's paper has 256; 0: none", low=0
     )
@@ -69,7 +79,13 @@ class TrainConfig:
     epochs: int = option(2, "passes over the client's balanced data in a round", low=1)
     batch_size: int = option(32, "images per step", low=1)
     learning_rate: float = option(0.05, "step size of the model", above=0.0)
+    schedule: str = option(
+        "constant",
+        "learning rate over the rounds: constant, a cosine to zero, or a rise in the first 30 % and then the cosine",
+        choices=("constant", "cosine", "one-cycle"),
+    )
     momentum: float = option(0.9, "momentum, from zero again in each round", low=0.0, high=0.999)
+    nesterov: bool = option(False, "Nesterov's form of the momentum")
     weight_decay: float = option(0.0, "L2 penalty of the model's weights", low=0.0)
     clip_norm: float = option(5.0, "largest gradient norm of the model; 0: no clipping", low=0.0)
     augment: bool = option(True, "random shifts (and flips, for photographs), drawn anew for each batch")
@@ -103,6 +119,11 @@ class BalancingConfig:
         "loss", "knowledge sampling: which images of an excessive class stay", choices=("loss", "random", "none")
     )
     replay_period: int = option(5, "server rounds after which a client chooses its images anew; 0: never", low=0)
+    replay: str = option(
+        "rank",
+        "what a replay does: rank: choose all kept images again by loss; swap: exchange only the share replay-ratio of them",
+        choices=("rank", "swap"),
+    )
     replay_ratio: float = option(0.1, "gamma, the share of replayed images among the kept of a class", low=0.0, high=1.0)
     alignment: bool = option(True, "knowledge alignment: learn a vector per class that moves synthetic onto real features")
     drop: float = option(0.5, "knowledge drop: probability that a synthetic image loses its vector", low=0.0, high=1.0)

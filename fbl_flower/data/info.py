@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from fbl_flower.data.readers.source import plain
 from fbl_flower.data.readers.tiny_imagenet_names import TINY_IMAGENET
@@ -21,7 +21,6 @@ class DataInfo:
         shift: Largest shift of the augmentation, in pixels of the native size.
         flip: Whether a mirrored image is still of its class.
         num_test, num_public, num_validation, num_private: Default sizes; validation is a part of public.
-        notes: What reading it passed over or decided, for the log.
     """
 
     name: str
@@ -34,7 +33,6 @@ class DataInfo:
     num_public: int
     num_validation: int
     num_private: int
-    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def num_classes(self) -> int:
@@ -70,7 +68,7 @@ DATASETS = {
         ),
         DataInfo(
             name="cifar10", class_names=_CIFAR10, channels=3, image_size=32, shift=4, flip=True,
-            num_test=10_000, num_public=10_000, num_validation=1_000, num_private=40_000,
+            num_test=10_000, num_public=5_000, num_validation=500, num_private=45_000,
         ),
         DataInfo(
             name="cifar100", class_names=tuple(_CIFAR100.split()), channels=3, image_size=32, shift=4, flip=True,

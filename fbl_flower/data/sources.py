@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fbl_flower.config import DataConfig
 from fbl_flower.data.examples import Examples
+from fbl_flower.data.identity import pixel_keys
 from fbl_flower.data.info import DATASETS, DataInfo, sized_by_share, spellings
 from fbl_flower.data.readers.download import default_path
 from fbl_flower.data.readers.folder_layout import directories
@@ -80,7 +82,15 @@ def newest_change(path: Path) -> int:
     return hash(tuple(stamps))
 
 
-def read_source(config: DataConfig, path: Path | None) -> tuple[DataInfo, Source]:
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """Keys of the pixels of each image as it was read, before channels and size were changed: uint64 [N]."""
+
+    train: np.ndarray
+    test: np.ndarray | None
+
+
+def read_source(config: DataConfig, path: Path | None) -> tuple[DataInfo, Source, Keys]:
     """Read the data set, in the channels asked for.
 
     Args:
@@ -88,25 +98,26 @@ def read_source(config: DataConfig, path: Path | None) -> tuple[DataInfo, Source
         path: What `find_source` returned.
 
     Returns:
-        What is known of the data set, with default sizes of its parts, and its images.
+        What is known of the data set, with default sizes of its parts, its images, and their keys.
 
     Raises:
         DataError: A file is missing or damaged, or holds a label outside the classes.
     """
     source = _read(config, path, image_format(config))
+    keys = Keys(train=pixel_keys(source.train.images), test=pixel_keys(source.test.images) if source.test else None)
     if config.channels:
         source = replace(source, train=_in_channels(source.train, config.channels))
         source = replace(source, test=_in_channels(source.test, config.channels) if source.test else None)
     channels, size = source.train.images.shape[1:3]
     if config.name in DATASETS:
-        info = replace(DATASETS[config.name], channels=channels, notes=source.notes)
+        info = replace(DATASETS[config.name], channels=channels)
     else:
-        info = own_info(config.name, source.class_names, channels=channels, image_size=size, notes=source.notes)
+        info = own_info(config.name, source.class_names, channels=channels, image_size=size)
     if config.name in ("mnist5k", "digits", "cifar10", "cifar100", "fashion-mnist"):
-        return info, source
+        return info, source, keys
     num_test = len(source.test) if source.test else 0
     test_share = 0.1 if config.name == "eurosat" else 0.2
-    return sized_by_share(info, num_train=len(source.train), num_test=num_test, test_share=test_share), source
+    return sized_by_share(info, num_train=len(source.train), num_test=num_test, test_share=test_share), source, keys
 
 
 def image_format(config: DataConfig) -> ImageFormat:
@@ -127,13 +138,11 @@ def image_format(config: DataConfig) -> ImageFormat:
     )
 
 
-def own_info(
-    name: str, class_names: tuple[str, ...], *, channels: int, image_size: int, notes: tuple[str, ...] = ()
-) -> DataInfo:
+def own_info(name: str, class_names: tuple[str, ...], *, channels: int, image_size: int) -> DataInfo:
     """Describe the user's own images. Nothing is known of them: they are not mirrored, and shifted by an eighth at most."""
     return DataInfo(
         name=name, class_names=class_names, channels=channels, image_size=image_size, shift=image_size // 8, flip=False,
-        num_test=0, num_public=0, num_validation=0, num_private=0, notes=notes,
+        num_test=0, num_public=0, num_validation=0, num_private=0,
     )  # fmt: skip
 
 

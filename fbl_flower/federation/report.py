@@ -91,7 +91,7 @@ def _write_alignment(
     real = private_examples(config, parts, torch.arange(min(len(parts.private), _MOST_IMAGES)))
 
     def features(examples: Examples) -> np.ndarray:
-        return predict(model, examples.images.to(device), precision=config.train.precision)[0].cpu().numpy()
+        return predict(model, examples.images.to(device))[0].cpu().numpy()
 
     rows = alignment_picture(
         features(real), real.labels.numpy(), features(synthetic), synthetic.labels.numpy(), offsets.numpy(),

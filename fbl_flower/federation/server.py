@@ -96,6 +96,11 @@ class _Federation:
     def run(self, start: Checkpoint | None) -> None:
         config = self.config
         started = time.perf_counter()
+        for note in self.parts.notes:
+            log(WARNING, "data: %s", note)
+        if start is not None:
+            start.check_data(self.parts.identity)
+            log(INFO, "Round %d: %s", start.server_round + 1, self.run_dir.restart)
         if config.balancing.enabled and config.balancing.average_embeddings:
             log(WARNING, "balancing.average-embeddings: vectors that moved tell the server which classes a client fills")
         roster = call_roll(self.grid, num_clients=config.num_clients, timeout=config.prepare.timeout)
@@ -119,7 +124,7 @@ class _Federation:
             point = self._aggregate(result, point, server_round)
             self._record(result, point)
             if server_round % config.checkpoint_every == 0 or server_round == config.num_server_rounds:
-                self.run_dir.write_checkpoint(point)
+                self._write_checkpoint(point)
                 checkpoint_round = server_round
         self._finish(point, prepare_seconds, earlier + time.perf_counter() - started)
 
@@ -165,8 +170,11 @@ class _Federation:
         point = Checkpoint(server_round=0, arrays=to_arrays(model.state_dict()), embeddings=embeddings)
         traffic, seconds = Traffic(sent={}, received={}, elapsed={}), time.perf_counter() - started
         self._record(_Round(replies={}, failures={}, traffic=traffic, seconds=seconds), point)
-        self.run_dir.write_checkpoint(point)
+        self._write_checkpoint(point)
         return point
+
+    def _write_checkpoint(self, point: Checkpoint) -> None:
+        self.run_dir.write_checkpoint(replace(point, data=self.parts.identity))
 
     def _with_method_state(self, point: Checkpoint) -> Checkpoint:
         def parameters() -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -267,13 +275,19 @@ class _Federation:
         """Evaluate on the whole test set (or validation part), and write one line of metrics and one of timings."""
         started = time.perf_counter()
         evaluation = self._evaluate(point.arrays)
+        kept = [point.arrays, *point.method_state.values(), {} if point.embeddings is None else {"P": point.embeddings}]
+        if not (math.isfinite(evaluation.loss) and all(map(all_finite, kept))):
+            raise RunFailed(
+                f"round {point.server_round}: the new global model, its loss, or what the server keeps for a method is not finite: the "
+                "training has diverged. Lower train.learning-rate (or the server's)."
+            )
         replies = result.replies.values()
         num_examples = sum(r.num_examples for r in replies)
         row: dict[str, Any] = {"round": point.server_round, "accuracy": evaluation.accuracy, "loss": evaluation.loss}
         line = f"Round {point.server_round}/{self.config.num_server_rounds}: accuracy {100 * evaluation.accuracy:.2f} %"
         if replies:
             row |= {
-                "train_loss": sum(r.loss * r.num_examples for r in replies) / max(num_examples, 1),
+                "train_loss": sum(r.loss * r.num_examples for r in replies) / num_examples if num_examples else None,
                 "num_examples": num_examples,
                 "num_real": sum(r.num_real for r in replies),
                 "clients": list(result.replies),
@@ -281,7 +295,8 @@ class _Federation:
                 "bytes_to_clients": sum(result.traffic.sent.values()),
                 "bytes_from_clients": sum(result.traffic.received.values()),
             }
-            line += f", training loss {row['train_loss']:.3f}, {len(replies)} clients, {result.seconds:.1f} s"
+            loss = f"training loss {row['train_loss']:.3f}" if num_examples else "no client of this round has an image"
+            line += f", {loss}, {len(replies)} clients, {result.seconds:.1f} s"
         self.run_dir.append("metrics.jsonl", row)
         computing = {client: reply.seconds for client, reply in result.replies.items()}
         self.run_dir.append(
@@ -302,7 +317,7 @@ class _Federation:
         info = self.parts.info
         model = load_classifier(arrays, self.config, channels=info.channels, num_classes=info.num_classes, device=self.device)
         images = scored_part(self.config.data, self.parts).to(self.device)
-        return evaluate(model, images, precision=self.config.train.precision)
+        return evaluate(model, images)
 
     def _finish(self, point: Checkpoint, prepare_seconds: float, seconds: float) -> None:
         self.run_dir.write_model(point.arrays)

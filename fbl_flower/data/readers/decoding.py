@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -117,7 +117,7 @@ def _pixels(content: bytes | Path, wanted: ImageFormat) -> tuple[np.ndarray, lis
 
     remarks = []
     with ExitStack() as stack:
-        stream = stack.enter_context(content.open("rb") if isinstance(content, Path) else io.BytesIO(content))
+        stream: IO[bytes] = stack.enter_context(content.open("rb") if isinstance(content, Path) else io.BytesIO(content))
         opened = stack.enter_context(Image.open(stream, formats=image_formats()))
         _check_header(opened.size, wanted)
         kind, raw = opened.format, raw_mode(opened)

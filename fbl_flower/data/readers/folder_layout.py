@@ -86,7 +86,9 @@ def entries(path: Path) -> list[Path]:
     try:
         return sorted(path.iterdir(), key=lambda entry: entry.name)
     except OSError as error:
-        raise DataError(f"data.path: {shown(path)} cannot be read ({error.strerror or error}); check its permissions") from error
+        raise DataError(
+            f"data.path: {shown(path)} cannot be read ({error.strerror or error}); check its permissions"
+        ) from error
 
 
 def _check_classes(path: Path, found: list[Path], split_of: dict[Path, str], class_names: tuple[str, ...]) -> None:

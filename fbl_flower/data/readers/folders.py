@@ -94,14 +94,14 @@ def _class_images(directory: Path, notes: Notes) -> list[Path]:
         )
     images = images_in(directory)
     left = [entry for entry in entries(directory) if not is_image(entry) and (is_hidden(entry) or entry.is_file())]
-    if visible := [entry for entry in left if not is_hidden(entry)]:
-        if not images:
-            kinds = Counter(entry.suffix.lower() or "without an ending" for entry in visible)
-            found = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-            raise DataError(
-                f"data.path: no images in the class directory {shown(directory)}, whose files are {found}. Expected files that Pillow "
-                f"reads ({_some_suffixes()}). Convert these, or remove the directory"
-            )
+    visible = [entry for entry in left if not is_hidden(entry)]
+    if visible and not images:
+        kinds = Counter(entry.suffix.lower() or "without an ending" for entry in visible)
+        found = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+        raise DataError(
+            f"data.path: no images in the class directory {shown(directory)}, whose files are {found}. Expected files that Pillow "
+            f"reads ({_some_suffixes()}). Convert these, or remove the directory"
+        )
     notes.pass_over(left)
     return images
 

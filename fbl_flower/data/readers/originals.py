@@ -30,7 +30,9 @@ _HARMLESS = {  # what a pickled array consists of, under numpy's old and new nam
 
 def has_cifar(path: Path, name: str) -> bool:
     """Tell whether a folder, or the one in it, holds any of CIFAR's batches."""
-    return (path / CIFAR_FOLDER[name]).is_dir() or any((path / file).is_file() for files in _CIFAR_FILES[name] for file in files)
+    return (path / CIFAR_FOLDER[name]).is_dir() or any(
+        (path / file).is_file() for files in _CIFAR_FILES[name] for file in files
+    )
 
 
 def has_fashion_mnist(path: Path) -> bool:

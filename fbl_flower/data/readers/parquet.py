@@ -220,9 +220,7 @@ def _numbered(tables: list[ParquetImages]) -> tuple[str, ...]:
     if largest >= _MOST_CLASSES:
         raise DataError(f"data.path: {folder} has labels up to {largest}; without data.classes, at most {_MOST_CLASSES - 1}")
     if smallest := min((int(table.labels.min()) for table in tables if len(table.labels)), default=0):
-        raise DataError(
-            f"data.path: {folder} has labels from {smallest} on; without data.classes, classes are numbered from 0"
-        )
+        raise DataError(f"data.path: {folder} has labels from {smallest} on; without data.classes, classes are numbered from 0")
     return tuple(f"class {label}" for label in range(largest + 1))
 
 

@@ -59,7 +59,9 @@ class ParquetImages:
             )
         values = labels.to_pylist()
         try:
-            self.labels = np.array([class_name(v) for v in values], dtype=object) if self.labels_are_text else np.array(values, np.int64)
+            self.labels = (
+                np.array([class_name(v) for v in values], dtype=object) if self.labels_are_text else np.array(values, np.int64)
+            )
         except OverflowError as error:
             raise DataError(f"data.path: {shown(file)}, column {label}: has a number above 2^63, which is no class") from error
         names = features.get(label, {}).get("names")
@@ -102,9 +104,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise DataError(f"data.path: {shown(file)} is damaged ({error}). {_GET_AGAIN}") from error
     except OSError as error:
         if error.errno:
-            raise DataError(
-                f"data.path: {shown(file)} cannot be read ({error.strerror}); check its permissions"
-            ) from error
+            raise DataError(f"data.path: {shown(file)} cannot be read ({error.strerror}); check its permissions") from error
         raise DataError(f"data.path: {shown(file)} is damaged ({error}). {_GET_AGAIN}") from error
 
 
@@ -160,8 +160,8 @@ def _is_bytes(kind: Any) -> bool:
 
 def _paths_only(file: Path, column: str) -> DataError:
     return DataError(
-        f"data.path: {shown(file)}, column {column}: holds paths, not images. Write the files' contents into the column, as bytes; with the "
-        "library datasets, push_to_hub and save with embedded images do so"
+        f"data.path: {shown(file)}, column {column}: holds paths, not images. Write the files' contents into the "
+        "column, as bytes; or give the folder of images with data.name = 'folder'"
     )
 
 

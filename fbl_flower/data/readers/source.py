@@ -63,7 +63,7 @@ class Source:
         class_names: In the order of the labels.
         train: What test (where `test` is None), public, validation and private parts are cut from.
         test: Its own test split; None where it has none.
-        notes: What was passed over or decided, for the log.
+        notes: What was passed over or decided, a sentence each.
     """
 
     class_names: tuple[str, ...]

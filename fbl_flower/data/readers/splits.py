@@ -15,10 +15,11 @@ _SYNONYMS = {
 }
 HELD_OUT = tuple(split for split in _SYNONYMS if split != "train")  # the first of them that is there is the test split
 _SPLIT_OF = {word: split for split, words in _SYNONYMS.items() for word in words}
-_NO_SPLIT = frozenset(
-    "unlabeled unlabelled unsupervised unannotated extra submission submit predict prediction predictions pool unused ignore".split()
-)
-_FILLER = frozenset("set data dataset image images img imgs split part sample samples".split())
+_NO_SPLIT = {
+    "unlabeled", "unlabelled", "unsupervised", "unannotated", "extra", "submission", "submit", "predict", "prediction", "predictions",
+    "pool", "unused", "ignore",
+}  # fmt: skip
+_FILLER = {"set", "data", "dataset", "image", "images", "img", "imgs", "split", "part", "sample", "samples"}
 _UUID = re.compile(r"[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}")
 
 
