@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import save_image, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,6 @@ from fbl_flower.config import DataConfig
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.identity import pixel_keys
 from fbl_flower.errors import ConfigError
-from tests.helpers import save_image, write_folder
 
 REAL_CIFAR10 = Path(os.environ.get("FBL_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cifar10-png.parquet"
 PARTS = ("test", "public", "validation", "private")

@@ -266,7 +266,9 @@ def test_an_empty_client_gives_the_model_back(balance: bool) -> None:
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_a_client_with_one_image_trains_a_resnet(norm: str) -> None:
-    config = replace(CONFIG, model=ModelConfig(name="resnet18", norm=norm, stem="32x32"), train=replace(CONFIG.train, epochs=1))
+    config = replace(
+        CONFIG, model=ModelConfig(name="resnet18", norm=norm, stem="32x32", width=16), train=replace(CONFIG.train, epochs=1)
+    )
     start = to_arrays(new_classifier(config.model, channels=1, num_classes=4, seed=0).state_dict())
     result = run_local_round(start, client([0, 1, 0, 0]), None, config=config, server_round=1)
     assert result.num_examples == 1

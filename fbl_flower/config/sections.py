@@ -10,6 +10,7 @@ from fbl_flower.config.options import option
 PACKAGED = ("mnist5k", "digits")  # data sets that come with a package
 OWN = ("folder", "parquet")  # the user's own images
 NAMED = ("cifar10", "cifar100", "tiny-imagenet", "eurosat", "fashion-mnist")
+OWN_IMAGES = "own-images"  # the generator that is none: repeats of a client's own images
 DATA_NAMES = (*PACKAGED, *NAMED, *OWN)
 
 
@@ -64,9 +65,18 @@ class ModelConfig:
     """The classifier: features F, then a linear head H."""
 
     name: str = option("resnet18", "network; tiny is a small convolutional one for tests", choices=("resnet18", "tiny"))
-    stem: str = option("imagenet", "first layers of ResNet-18: 7x7/2 and max-pool, or 3x3/1", choices=("imagenet", "32x32"))
+    stem: str = option(
+        "auto",
+        "first layers of ResNet-18: 7x7/2 and max-pool (imagenet), or 3x3/1 (32x32); auto: 32x32 up to 64 pixels",
+        choices=("auto", "imagenet", "32x32"),
+    )
     norm: str = option("group", "normalisation of ResNet-18", choices=("group", "batch"))
-    width: int = option(64, "channels of ResNet-18's first stage, a multiple of 8; 64 is ResNet-18", low=8, high=256)
+    width: int = option(
+        0,
+        "channels of ResNet-18's first stage, a multiple of 8; 64 is ResNet-18; 0: 64 where the server has a GPU, else 16",
+        low=0,
+        high=256,
+    )
     projection_width: int = option(
         0, "outputs of two more layers before the last one, for every method, as MOON's paper has 256; 0: none", low=0
     )
@@ -128,6 +138,9 @@ class BalancingConfig:
     alignment: bool = option(True, "knowledge alignment: learn a vector per class that moves synthetic onto real features")
     drop: float = option(0.5, "knowledge drop: probability that a synthetic image loses its vector", low=0.0, high=1.0)
     embedding_learning_rate: float = option(0.05, "step size of the alignment vectors", low=0.0)
+    synthetic_weight: float = option(
+        1.0, "weight of a synthetic image in the training loss, beside 1 for a real one", low=0.0, high=1.0
+    )
     average_embeddings: bool = option(
         False, "let the server average the alignment vectors; which of them moved tells it what a client lacks"
     )
@@ -139,8 +152,8 @@ class GeneratorConfig:
 
     name: str = option(
         "diffusion",
-        "class-conditional 4-bit diffusion, a quantised Stable Diffusion, or real public images in their place",
-        choices=("diffusion", "text-to-image", "public-images"),
+        "class-conditional 4-bit diffusion, a quantised Stable Diffusion, real public images in their place, or repeats of a client's own",
+        choices=("diffusion", "text-to-image", "public-images", OWN_IMAGES),
     )
     path: str = option(
         "", "directory of a generator; empty: the one that comes with the data set; text-to-image always needs a directory"

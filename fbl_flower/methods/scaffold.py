@@ -48,6 +48,9 @@ class Scaffold:
         }
         self._correction = {name: self._c[name] - self._c_i[name] for name in self._x}
 
+    def adjust_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
     def penalty(self, step: Step) -> None:
         return None
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,6 +17,7 @@ from fbl_flower.models.cpu_layers import use_cpu_layers
 from fbl_flower.seeding import torch_stream
 
 _SMALLEST = 16  # pixels of images that ResNet-18 with the ImageNet stem and GroupNorm was seen to learn from
+_LARGEST_SMALL = 64  # pixels up to which the 3x3 stem is the better one
 _INIT_LOCK = threading.Lock()  # torch's initialisers draw from the global generator: one model at a time
 
 
@@ -40,6 +44,20 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
 
+def fitted(config: ModelConfig, *, image_size: int, device: torch.device) -> ModelConfig:
+    """Return the settings with stem and width decided: by the size of the images, and by the machine that makes the first model."""
+    stem = ("32x32" if image_size <= _LARGEST_SMALL else "imagenet") if config.stem == "auto" else config.stem
+    return replace(config, stem=stem, width=config.width or (64 if device.type == "cuda" else 16))
+
+
+def as_received(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> ModelConfig:
+    """Return the settings with the stem and width that `arrays` have: who receives a model need not know what made it."""
+    if config.name != "resnet18":
+        return config
+    first = arrays[min((name for name in arrays if name.endswith("conv1.weight")), key=len)]
+    return replace(config, stem="32x32" if first.shape[-1] == 3 else "imagenet", width=len(first))
+
+
 def check_model(config: ModelConfig, *, image_size: int) -> None:
     """Refuse a network that cannot learn from images so small; raises `ConfigError`.
 
@@ -56,7 +74,7 @@ def check_model(config: ModelConfig, *, image_size: int) -> None:
 
 
 def new_classifier(config: ModelConfig, *, channels: int, num_classes: int, seed: int) -> Classifier:
-    """Make a classifier with random weights that follow from `seed` alone."""
+    """Make a classifier with random weights that follow from `seed` alone; `config` is as `fitted` returns it."""
     with _INIT_LOCK, torch.random.fork_rng(devices=[]):
         torch.set_rng_state(torch_stream(seed, "model").get_state())
         return _build(config, channels, num_classes)
@@ -96,6 +114,8 @@ def _resnet18(config: ModelConfig, channels: int) -> nn.Module:
         BasicBlock,
     )  # seconds, in every process of a client, also of those that make no network
 
+    if config.stem == "auto" or not config.width:
+        raise ValueError(f"model: expected settings with stem and width decided, got {config.stem!r} and {config.width}")
     w = config.width
     norm = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, w // 2)
     small = config.stem == "32x32"

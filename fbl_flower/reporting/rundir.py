@@ -6,8 +6,10 @@ metrics.jsonl        one line a round; the same bytes for the same seed, machine
 timings.jsonl        one line a round, clock times, and each client's share of the traffic
 nodes.json           the nodes, their clients, which of these are prepared or why not; who left and came back, the server among them
 summary.json         status, final accuracy, what went wrong
-checkpoint.safetensors   the last checkpoint: model, round, and what the server keeps for SCAFFOLD and FedGen
+checkpoint.safetensors   the last checkpoint: model, round, and what the server keeps for methods and its own step
 model.safetensors    the final model
+choices.json         in simulation: how many kept images each replay kept again, and brought back, summed over the clients
+averaged.safetensors     its average over rounds, with server.average
 *.png                pictures
 """
 
@@ -177,9 +179,9 @@ class RunDirectory:
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def write_model(self, arrays: Arrays) -> None:
-        """Write the final model."""
-        _replace(self.path / "model.safetensors", save(_contiguous(arrays)))
+    def write_model(self, arrays: Arrays, name: str = "model.safetensors") -> None:
+        """Write a final model."""
+        _replace(self.path / name, save(_contiguous(arrays)))
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the last checkpoint."""

@@ -15,7 +15,7 @@ from fbl_flower.data.examples import Examples
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, RunFailed
 from fbl_flower.generation.cache import ImageCache, generate_cached
-from fbl_flower.models import Classifier, new_classifier
+from fbl_flower.models import Classifier, fitted, new_classifier
 from fbl_flower.seeding import derive, torch_stream
 from fbl_flower.training.evaluation import evaluate
 from fbl_flower.training.loop import train
@@ -34,19 +34,46 @@ def train_centrally(config: RunConfig, parts: DataParts, examples: Examples, *, 
         seed: Of the weights, the order and the augmentation.
     """
     device = pick_device(config)
-    model = new_classifier(config.model, channels=parts.info.channels, num_classes=parts.info.num_classes, seed=seed).to(device)
-    settings = replace(config.train, epochs=epochs)
+    network = fitted(config.model, image_size=parts.image_size, device=device)
+    model = new_classifier(network, channels=parts.info.channels, num_classes=parts.info.num_classes, seed=seed).to(device)
+    train_further(model, config, parts, examples, epochs=epochs, rng=torch_stream(seed, "central"))
+    return model
+
+
+def train_further(
+    model: Classifier,
+    config: RunConfig,
+    parts: DataParts,
+    examples: Examples,
+    *,
+    epochs: int,
+    rng: torch.Generator,
+    what: str = "training without a federation",
+) -> None:
+    """Train a model in place, where it is, as `train_centrally` does.
+
+    Args:
+        model: On any device.
+        config: Its `train`.
+        parts: The data set that the examples are of.
+        examples: At least one image.
+        epochs: Passes over them, in place of `train.epochs`; the schedule runs over these.
+        rng: CPU generator of order and augmentation.
+        what: Names the training in an error.
+
+    Raises:
+        RunFailed: The loss is not finite.
+    """
     trained = train(
         model,
-        examples.to(device),
-        config=settings,
+        examples.to(next(model.parameters()).device),
+        config=replace(config.train, epochs=epochs),
         augmentation=augmentation_of(parts),
-        rng=torch_stream(seed, "central"),
+        rng=rng,
         epoch_factors=epoch_factors(config.train.schedule, epochs),
     )
     if not math.isfinite(trained.loss):
-        raise RunFailed("training without a federation: the loss is not finite; lower the learning rate")
-    return model
+        raise RunFailed(f"{what}: the loss is not finite; lower the learning rate")
 
 
 def public_examples(parts: DataParts) -> Examples:

@@ -54,6 +54,7 @@ def train(
     embeddings: nn.Parameter | None = None,
     embedding_learning_rate: float = 0.0,
     drop: float = 0.0,
+    synthetic_weight: float = 1.0,
     method: LocalMethod = FEDAVG,
     epoch_factors: Sequence[float] | None = None,
 ) -> TrainResult:
@@ -71,6 +72,7 @@ def train(
         embeddings: float [C, D] on the device, the vectors P; None: no alignment.
         embedding_learning_rate: Step size of the vectors.
         drop: Probability that a synthetic image loses its vector.
+        synthetic_weight: Of a synthetic image in the objective; a real one has 1. The reported loss is not weighted.
         method: The local objective; it begins here and is left to the caller to finish.
         epoch_factors: For each epoch, what the learning rates are multiplied by; None: 1.
     """
@@ -107,9 +109,13 @@ def train(
                     offset = alignment_offset(embeddings, batch.labels, batch.synthetic, drop=drop, rng=drop_rng)
                 logits = model.head(features if offset is None else features + offset)
                 penalty = method.penalty(Step(model=model, inputs=inputs, features=features, labels=batch.labels))
-            loss = F.cross_entropy(logits.float(), batch.labels)
+            logits = logits.float()
+            adjusted = method.adjust_logits(logits)
+            objective = loss = F.cross_entropy(logits, batch.labels)
+            if adjusted is not logits or synthetic_weight != 1:
+                objective = _weighted_loss(adjusted, batch, synthetic_weight)
             optimizer.zero_grad()
-            (loss if penalty is None else loss + penalty).backward()
+            (objective if penalty is None else objective + penalty).backward()
             method.edit_gradients(model)
             if config.clip_norm > 0:
                 nn.utils.clip_grad_norm_(weights, config.clip_norm)
@@ -126,6 +132,14 @@ def train(
         synthetic_accuracy=right / num_synthetic if measured else float("nan"),
         aligned_accuracy=right_aligned / num_synthetic if measured else float("nan"),
     )
+
+
+def _weighted_loss(logits: torch.Tensor, batch: Examples, synthetic_weight: float) -> torch.Tensor:
+    """Return the mean over the batch of w_i l_i; it is not divided by the sum of the weights."""
+    if synthetic_weight == 1:
+        return F.cross_entropy(logits, batch.labels)
+    losses = F.cross_entropy(logits, batch.labels, reduction="none")
+    return torch.where(batch.synthetic, synthetic_weight * losses, losses).mean()
 
 
 @torch.no_grad()

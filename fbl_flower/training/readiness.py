@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from fbl_flower.config import RunConfig, flatten
+from fbl_flower.config import OWN_IMAGES, RunConfig, flatten
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.data.examples import Examples
 from fbl_flower.errors import DataError, GeneratorError, StateError
@@ -75,7 +75,7 @@ class Readiness:
             DataError: The disk has too little space.
         """
         b = self._config.balancing
-        if not (b.enabled and b.filling) or self._capability == "none":
+        if not (b.enabled and b.filling) or self._capability == "none" or self._config.generator.name == OWN_IMAGES:
             return
         _check_generator_once(self._config, parts)
         cache = self._state_dir / "cache"

@@ -16,7 +16,7 @@ from fbl_flower.data.examples import concatenate
 from fbl_flower.device import pick_device
 from fbl_flower.methods.base import Finished, LocalMethod
 from fbl_flower.methods.fedavg import FEDAVG
-from fbl_flower.models import Classifier, empty_classifier
+from fbl_flower.models import Classifier, as_received, empty_classifier
 from fbl_flower.params import Arrays, to_arrays, to_state
 from fbl_flower.seeding import numpy_stream, torch_stream
 from fbl_flower.training.evaluation import per_image_losses
@@ -105,6 +105,7 @@ def run_local_round(
         embeddings=embeddings,
         embedding_learning_rate=b.embedding_learning_rate,
         drop=b.drop,
+        synthetic_weight=b.synthetic_weight,
         method=method,
     )
     if state is not None and embeddings is not None:
@@ -129,7 +130,7 @@ def load_classifier(
     arrays: Mapping[str, np.ndarray], config: RunConfig, *, channels: int, num_classes: int, device: torch.device
 ) -> Classifier:
     """Make a classifier that holds `arrays`, on `device`."""
-    model = empty_classifier(config.model, channels=channels, num_classes=num_classes)
+    model = empty_classifier(as_received(config.model, arrays), channels=channels, num_classes=num_classes)
     model.load_state_dict(to_state(arrays, device), assign=True)
     return model.requires_grad_(True)
 
