@@ -658,19 +658,9 @@ def test_a_data_set_of_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: pyte
 def test_a_data_sets_own_folders_may_be_configurations_or_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The train split of one configuration can have the test images of another: they are never read together."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for place in (
-        "own/full/train",
-        "own/full/test",
-        "own/small/train-00000",
-        "own/small/test-00000",
-        "plain/train",
-        "plain/test",
-    ):
-        hugging_face(tmp_path / f"{place}.parquet", list(range(len(place), len(place) + 10)), [0, 1] * 5, ["even", "odd"])
-    for place in ("split/train/0", "split/test/0"):
-        hugging_face(
-            tmp_path / f"{place}.parquet", list(range(10 * len(place), 10 * len(place) + 10)), [0, 1] * 5, ["even", "odd"]
-        )
+    places = ("own/full/train", "own/full/test", "own/small/train-00000", "own/small/test-00000", "plain/train", "plain/test")
+    for first, place in enumerate((*places, "split/train/0", "split/test/0")):
+        hugging_face(tmp_path / f"{place}.parquet", list(range(20 * first, 20 * first + 10)), [0, 1] * 5, ["even", "odd"])
 
     def load(folder: str) -> DataParts:
         Hub(monkeypatch, {None: tmp_path, "v1": tmp_path / "own"})
