@@ -314,9 +314,9 @@ def change(column: str, row: int, value: object) -> Callable[[Table], None]:
         (change("image", 7, png(1, size=16)), "row 7: 16 x 16 pixels; cifar10 has 32 x 32"),
         (change("image", 7, b"no image"), "row 7: not an image"),
         (change("image", 7, b""), "row 7: not an image"),
-        (change("image", 7, None), "row 7: not an image"),
-        (change("image", 7, png(1)[:60]), "row 7: not an image"),
-        (change("image", 7, png(1)[:50] + b"\0\0\0\0" + png(1)[54:]), "row 7: not an image"),
+        (change("image", 7, None), "row 7: no image"),
+        (change("image", 7, png(1)[:60]), "row 7: damaged image"),
+        (change("image", 7, png(1)[:50] + b"\0\0\0\0" + png(1)[54:]), "row 7: damaged image"),
         (lambda table: table.pop("split"), "has the columns image, label, and none called split; rename yours"),
         (lambda table: table.update(label=pyarrow.array([2**63] * 50, pyarrow.uint64())), "column label: has a number above 2"),
         (lambda table: table.update(label=["cat"] * 49 + ["lynx"]), "has the label 'lynx'; the classes are airplane, automobile"),
@@ -348,14 +348,14 @@ def test_a_truncated_parquet_file(tmp_path: Path, keep: float) -> None:
     config = write(path, good_table())
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(DataError, match=r"cut\.parquet is not a whole parquet file"):
+    with pytest.raises(DataError, match=r"cut\.parquet is (empty|cut off)"):
         load_parts(config)
 
 
 def test_a_missing_parquet_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"data.path: no file at {tmp_path}/none.parquet; wanted the parquet file of cifar10"):
+    with pytest.raises(DataError, match=f"data.path: no file at {tmp_path}/none.parquet; wanted .*a parquet file of cifar10"):
         load_parts(DataConfig(name="cifar10", path=str(tmp_path / "none.parquet")))
-    with pytest.raises(DataError, match="no file at"):
+    with pytest.raises(DataError, match="nothing of cifar10 in"):
         load_parts(DataConfig(name="cifar10", path=str(tmp_path)))
 
 

@@ -27,6 +27,8 @@ def plot(options: argparse.Namespace) -> None:
         partition_picture(counts, parts.info.class_names, title, options.out)
     except OSError as error:
         raise unwritable_file(options.out, error) from error
+    for note in parts.notes:
+        print(note)
     sizes, classes = counts.sum(1), (counts > 0).sum(1)
     print(
         f"{options.out}: {len(counts)} clients with {sizes.min()} to {sizes.max()} images (median {np.median(sizes):g}) "

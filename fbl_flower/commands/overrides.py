@@ -35,7 +35,7 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Value]:
 def read_toml(path: Path) -> dict[str, Value]:
     """Read a TOML file of settings; tables become dotted keys."""
     try:
-        return flat_table(tomllib.loads(path.expanduser().read_text(encoding="utf-8")))
+        return flat_table(tomllib.loads(path.expanduser().read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read as TOML: {error}"]) from error
 
@@ -78,7 +78,10 @@ def _scan(arguments: Sequence[str]) -> tuple[dict[str, Value], list[str]]:
     """Read the arguments of `-c`; return what can be read, and what is wrong with the rest."""
     found: dict[str, Value] = {}
     problems: list[str] = []
-    for argument in arguments:
+    for raw in arguments:
+        argument = raw.encode("utf-8", "surrogateescape").decode(
+            "utf-8", "backslashreplace"
+        )  # an ASCII locale leaves other bytes undecoded
         if argument.strip().endswith(".toml") and "=" not in argument:
             try:
                 found |= read_toml(Path(argument.strip()))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
+from fbl_flower.config.class_names import expand_class_file, read_class_names
 from fbl_flower.config.options import Value
 from fbl_flower.config.tree import RunConfig, conflicts
 from fbl_flower.errors import ConfigError
@@ -56,7 +57,7 @@ def parse_config(run_config: Mapping[str, Value], *, found: Sequence[str] = ()) 
             continue
         f, kind = leaves[key]
         try:
-            values[key] = _checked(key, value, kind, f.metadata)
+            values[key] = _checked_classes(key, _checked(key, value, kind, f.metadata))
         except ValueError as problem:
             problems.append(str(problem))
     config = _build(RunConfig, values)
@@ -111,6 +112,20 @@ def _checked(key: str, value: Any, kind: type, meta: types.MappingProxyType[Any,
     if not (right_type and in_range):
         raise ValueError(f"{key}: got {value!r} ({type(value).__name__}); allowed: {_allowed(kind, meta)}")
     return value
+
+
+def _checked_classes(key: str, value: Value) -> Value:
+    """Return class names that can be read on any machine: a file is read once, here, and travels as its list."""
+    if key != "data.classes" or not isinstance(value, str):
+        return value
+    try:
+        expanded = expand_class_file(value)
+        read_class_names(expanded)
+    except ValueError as error:
+        raise ValueError(
+            f'{key}: got {error}; allowed: names between commas, a JSON list (["a, b", "c"]), or @FILE, UTF-8 with a name per line'
+        ) from error
+    return expanded
 
 
 def _allowed(kind: type, meta: types.MappingProxyType[Any, Any]) -> str:

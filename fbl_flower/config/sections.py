@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 
+from fbl_flower.config.class_names import read_class_names
 from fbl_flower.config.options import option
 
 PACKAGED = ("mnist5k", "digits")  # data sets that come with a package
@@ -22,9 +22,13 @@ class DataConfig:
     path: str = option(
         "", "file or folder of the data set, or hf://datasets/OWNER/NAME; empty: as installed, or downloaded (see docs/data.md)"
     )
-    classes: str = option("", "names between commas, in the order of the labels; for folder and parquet")
+    classes: str = option(
+        "",
+        "names in the order of the labels, for folder and parquet: between commas, as a JSON list, or @FILE with a name per line",
+    )
     image_size: int = option(0, "height and width in pixels; 0: as the data set has it", low=0, high=1024)
     channels: int = option(0, "1: grey, 3: colour; 0: as the data set has it, and 3 for folder", low=0, high=3)
+    background: str = option("white", "ground that transparent images are laid over: white | black | #rrggbb")
     num_test: int = option(-1, "test images, for the server; -1: the data set's own number", low=-1)
     num_public: int = option(-1, "public images, owned by no client; -1: the data set's own number", low=-1)
     num_validation: int = option(-1, "of the public images, those kept for tuning; -1: the data set's own number", low=-1)
@@ -46,9 +50,14 @@ class DataConfig:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names in `classes`, without the blanks around them, in Unicode's form NFC; none where it is empty."""
-        text = unicodedata.normalize("NFC", self.classes)
-        return tuple(name.strip() for name in text.split(",")) if text.strip() else ()
+        """The names in `classes`, in Unicode's form NFC; none where it is empty."""
+        return read_class_names(self.classes)
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        """Red, green and blue of `background`, 0 .. 255."""
+        code = {"white": "#ffffff", "black": "#000000"}.get(self.background, self.background)
+        return int(code[1:3], 16), int(code[3:5], 16), int(code[5:7], 16)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,8 +107,11 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
         text = f"data.classes: got {d.classes!r}; the data set {d.name!r} has its own; allowed with {' | '.join(OWN)}"
         found.append((("data.name", "data.classes"), text))
     if "" in d.class_names or len(set(d.class_names)) < len(d.class_names):
-        text = f"data.classes: got {d.classes!r}; allowed: names between commas, none empty and none twice"
+        text = f"data.classes: got {d.classes!r}; allowed: names, none empty and none twice; names with commas go in a JSON list or @FILE"
         found.append((("data.classes",), text))
+    if not re.fullmatch(r"white|black|#[0-9a-fA-F]{6}", d.background):
+        text = f"data.background: got {d.background!r}; allowed: white | black | #rrggbb"
+        found.append((("data.background",), text))
     if d.channels == 2:
         found.append((("data.channels",), "data.channels: got 2; allowed: 0 | 1 | 3"))
     if config.train.nesterov and not config.train.momentum:

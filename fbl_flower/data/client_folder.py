@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from fbl_flower.config import DataConfig
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.data.examples import Examples
 from fbl_flower.data.readers.folders import read_folder
+from fbl_flower.data.readers.names import disk_path
 from fbl_flower.data.sources import image_format, own_info
 from fbl_flower.errors import DataError
+
+_log = logging.getLogger("fbl_flower.client")  # not Flower's logger, whose lines may reach the server
 
 
 def client_folder_examples(config: DataConfig, path: Path) -> Examples:
@@ -42,7 +46,10 @@ def client_folder_examples(config: DataConfig, path: Path) -> Examples:
     if missing:
         problem = f"{', '.join(missing)}: not set; clients with folders of their own need the same classes in the same order, and one size"
         raise DataError(problem, public=problem)
-    return read_folder(path.expanduser(), image_format(config)).train
+    source = read_folder(disk_path(str(path)), image_format(config))
+    for note in source.notes:
+        _log.info("data-path: %s", note)
+    return source.train
 
 
 def client_folder_parts(config: DataConfig, path: Path) -> DataParts:

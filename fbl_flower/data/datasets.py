@@ -25,7 +25,18 @@ from fbl_flower.errors import ConfigError, DataError
 
 __all__ = ["DATASETS", "DataInfo", "DataParts", "forget_parts", "load_parts", "scored_part"]
 
-_READ = ("name", "path", "classes", "image_size", "channels", "num_test", "num_public", "num_validation", "num_private")
+_READ = (
+    "name",
+    "path",
+    "classes",
+    "background",
+    "image_size",
+    "channels",
+    "num_test",
+    "num_public",
+    "num_validation",
+    "num_private",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

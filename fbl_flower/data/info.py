@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from fbl_flower.data.readers.source import plain
 from fbl_flower.data.readers.tiny_imagenet_names import TINY_IMAGENET
 
 
@@ -86,6 +88,14 @@ DATASETS = {
         ),
     )
 }  # fmt: skip
+
+
+def spellings(info: DataInfo) -> Mapping[str, int]:
+    """Return the label of each spelling of a packaged data set's classes, as `plain` writes them; WordNet ids for Tiny-ImageNet."""
+    found = {plain(name): label for label, name in enumerate(info.class_names)}
+    if info.name == "tiny-imagenet":
+        found |= {wnid: label for label, wnid in enumerate(TINY_IMAGENET)}
+    return found
 
 
 def sized_by_share(info: DataInfo, *, num_train: int, num_test: int, test_share: float) -> DataInfo:

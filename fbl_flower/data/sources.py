@@ -12,23 +12,27 @@ import torch
 from fbl_flower.config import DataConfig
 from fbl_flower.data.examples import Examples
 from fbl_flower.data.identity import pixel_keys
-from fbl_flower.data.info import DATASETS, DataInfo, sized_by_share
+from fbl_flower.data.info import DATASETS, DataInfo, sized_by_share, spellings
 from fbl_flower.data.readers.download import default_path
-from fbl_flower.data.readers.folders import read_folder, read_tiny_imagenet
+from fbl_flower.data.readers.folder_layout import directories
+from fbl_flower.data.readers.folders import read_folder
 from fbl_flower.data.readers.hub import PREFIX, hub_path
-from fbl_flower.data.readers.originals import read_cifar, read_fashion_mnist
+from fbl_flower.data.readers.names import disk_path, shown
+from fbl_flower.data.readers.originals import has_cifar, has_fashion_mnist, read_cifar, read_fashion_mnist
 from fbl_flower.data.readers.packaged import read_digits, read_mnist5k
 from fbl_flower.data.readers.parquet import parquet_files, read_parquet
 from fbl_flower.data.readers.source import ImageFormat, Source, walk
+from fbl_flower.data.readers.tiny_imagenet import read_tiny_imagenet
 from fbl_flower.errors import ConfigError, DataError
 
-_PARQUET = "the parquet file of {0}, a folder of them"
+_PARQUET = "parquet file of {0}, a folder of them"
+_FOLDERS = "class directories below train and test"
 _WANTED = {
-    "cifar10": _PARQUET.format("cifar10") + ", or the folder cifar-10-batches-py",
-    "cifar100": _PARQUET.format("cifar100") + ", or the folder cifar-100-python",
-    "tiny-imagenet": _PARQUET.format("tiny-imagenet") + ", or the folder tiny-imagenet-200",
-    "eurosat": "the folder with EuroSAT's ten class directories",
-    "fashion-mnist": "the folder with the four IDX files of Fashion-MNIST",
+    "cifar10": f"the folder cifar-10-batches-py, a {_PARQUET.format('cifar10')}, or {_FOLDERS}",
+    "cifar100": f"the folder cifar-100-python, a {_PARQUET.format('cifar100')}, or {_FOLDERS}",
+    "tiny-imagenet": f"the folder tiny-imagenet-200, a {_PARQUET.format('tiny-imagenet')}",
+    "eurosat": f"the folder with EuroSAT's ten class directories, a {_PARQUET.format('eurosat')}",
+    "fashion-mnist": f"the folder with the four IDX files of Fashion-MNIST, a {_PARQUET.format('fashion-mnist')}, or {_FOLDERS}",
     "folder": "a folder with a directory of images for each class",
     "parquet": "a parquet file with the columns image and label, or a folder of them",
 }
@@ -44,15 +48,15 @@ def find_source(config: DataConfig) -> Path | None:
         return None
     if config.path.startswith(PREFIX):
         return hub_path(config.path)
-    path = Path(config.path).expanduser() if config.path else default_path(config.name)
+    path = disk_path(config.path) if config.path else default_path(config.name)
     if not path.exists():
-        raise DataError(f"data.path: no file at {path}; wanted {_WANTED[config.name]}")
+        raise DataError(f"data.path: no file at {shown(path)}; wanted {_WANTED[config.name]}")
     return path
 
 
 def files_digest(path: str) -> str:
     """Tell the user's own files from others without reading them: a digest of their names below `path` and sizes; for the hub, its name."""
-    root = Path(path).expanduser()
+    root = disk_path(path)
     try:
         if path.startswith(PREFIX) or not root.exists():
             return path
@@ -118,15 +122,19 @@ def read_source(config: DataConfig, path: Path | None) -> tuple[DataInfo, Source
 
 def image_format(config: DataConfig) -> ImageFormat:
     """Return what the files of the data set must hold."""
-    info = DATASETS.get(config.name)
+    info, background = DATASETS.get(config.name), config.background_rgb
     if info is not None:
-        return ImageFormat(name=info.name, class_names=info.class_names, channels=info.channels, native=info.image_size)
+        return ImageFormat(
+            name=info.name, class_names=info.class_names, spellings=spellings(info), channels=info.channels, native=info.image_size,
+            background=background,
+        )  # fmt: skip
     return ImageFormat(
         name=config.name,
         class_names=config.class_names or None,
         channels=config.channels or (3 if config.name == "folder" else 0),
         size=config.image_size,
         upright=True,
+        background=background,
     )
 
 
@@ -142,24 +150,26 @@ def _read(config: DataConfig, path: Path | None, wanted: ImageFormat) -> Source:
     if path is None:
         images = read_mnist5k() if config.name == "mnist5k" else read_digits()
         return Source(class_names=wanted.class_names or (), train=images, test=None)
-    in_parquet = config.name not in ("folder", "eurosat", "fashion-mnist") and (path.is_file() or bool(parquet_files(path)))
+    needs_test = config.name in ("cifar10", "cifar100", "tiny-imagenet", "fashion-mnist")
+    if config.name == "parquet" or (config.name != "folder" and (path.is_file() or parquet_files(path))):
+        return read_parquet(path, wanted, needs_test=needs_test)
     match config.name:
-        case "parquet":
-            return read_parquet(path, wanted, needs_test=False)
-        case "cifar10" | "cifar100" | "tiny-imagenet" if in_parquet:
-            return read_parquet(path, wanted, needs_test=True)
-        case "cifar10" | "cifar100":
+        case "cifar10" | "cifar100" if has_cifar(path, config.name):
             return read_cifar(path, wanted)
+        case "fashion-mnist" if has_fashion_mnist(path):
+            return read_fashion_mnist(path, wanted)
         case "tiny-imagenet":
             return read_tiny_imagenet(path, wanted)
         case "eurosat":
             layouts = ("eurosat/2750", "EuroSAT/2750", "2750", "EuroSAT_RGB")  # of torchvision, and of the archives
             inner = next((p for layout in layouts if (p := path / layout).is_dir()), path)
             return read_folder(inner, wanted)
-        case "fashion-mnist":
-            return read_fashion_mnist(path, wanted)
         case "folder":
             return read_folder(path, wanted)
+        case "cifar10" | "cifar100" | "fashion-mnist":
+            if not directories(path):
+                raise DataError(f"data.path: nothing of {config.name} in {shown(path)}; expected {_WANTED[config.name]}")
+            return read_folder(path, wanted, needs_test=True)
         case _:
             raise ConfigError([f"data.name: got {config.name!r}; allowed: {' | '.join([*DATASETS, 'folder', 'parquet'])}"])
 

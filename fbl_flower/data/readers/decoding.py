@@ -6,38 +6,65 @@ One image after the other: on two busy cores, a pool of threads was no faster fo
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from fbl_flower.data.readers.damage import end_of_image, has_check
+from fbl_flower.data.readers.formats import image_formats
+from fbl_flower.data.readers.notes import ALL_TRANSPARENT, SEVERAL_FRAMES, TRAILING_DATA, Notes
+from fbl_flower.data.readers.opaque import opaque_8_bits, raw_mode
 from fbl_flower.data.readers.source import ImageFormat
 from fbl_flower.errors import DataError
 
+MOST_PIXELS = 50_000_000  # of one image, as its header says: a small file can hold more than the memory does
+_MOST_SHOWN = 20
 _ORIENTATION = 0x0112  # tag of EXIF
+_FRAMES = ("GIF", "PNG", "TIFF", "WEBP", "AVIF", "FLI", "DCX")  # elsewhere, further frames are previews or layers
 
 
-def decode_images(images: Iterable[bytes | Path | None], wanted: ImageFormat, where: Callable[[int], str]) -> np.ndarray:
+def decode_images(
+    images: Iterable[bytes | Path | None], wanted: ImageFormat, where: Callable[[int], str], notes: Notes | None = None
+) -> np.ndarray:
     """Decode images to uint8 [N, C, H, W].
 
     Args:
         images: Contents, or files.
         wanted: Their size and channels. Colour is made grey, and grey colour, as `wanted.channels` says.
         where: Names the i-th image in messages.
+        notes: Where to count images with several frames and the like.
 
     Raises:
-        DataError: An image cannot be decoded, or is of another size; the message names it.
+        DataError: Images are damaged, too large, or of another size; the message names them.
     """
     arrays: list[np.ndarray] = []
-    for i, image in enumerate(images):
-        pixels = _decode(image, wanted, where, i)
-        if not wanted.native and arrays and pixels.shape[1:] != arrays[0].shape[1:]:
-            raise DataError(
-                f"data.image-size: 0, and the images differ: {where(i)} has {_size(pixels)} pixels, and {where(0)} "
-                f"{_size(arrays[0])}; give the height and width that all are scaled to"
-            )
-        arrays.append(pixels)
+    problems: list[str] = []
+    notes = notes or Notes()
+    with warnings.catch_warnings():
+        from PIL.Image import DecompressionBombWarning
+
+        warnings.simplefilter("error", DecompressionBombWarning)
+        for i, image in enumerate(images):
+            try:
+                pixels, remarks = _decode(image, wanted)
+            except _Refused as problem:
+                problems.append(f"{where(i)}: {problem}")
+                continue
+            for remark in remarks:
+                notes.image(remark, where(i))
+            if not wanted.native and arrays and pixels.shape[1:] != arrays[0].shape[1:]:
+                raise DataError(
+                    f"data.image-size: 0, and the images differ: {where(i)} has {_size(pixels)} pixels, and {where(0)} "
+                    f"{_size(arrays[0])}; give the height and width that all are scaled to"
+                )
+            if not problems:
+                arrays.append(pixels)
+    if problems:
+        raise DataError(_listed(problems))
     if not arrays:
         raise DataError(f"data.path: no images for {wanted.name}")
     height, width = arrays[0].shape[1:]
@@ -54,34 +81,80 @@ def decode_images(images: Iterable[bytes | Path | None], wanted: ImageFormat, wh
     return whole
 
 
-def _decode(content: bytes | Path | None, wanted: ImageFormat, where: Callable[[int], str], i: int) -> np.ndarray:
-    """Decode one image to uint8 [1 or 3, H, W]."""
+class _Refused(Exception):
+    """An image that cannot be used, and why."""
+
+
+def _decode(content: bytes | Path | None, wanted: ImageFormat) -> tuple[np.ndarray, list[str]]:
+    """Decode one image to uint8 [1 or 3, H, W], with remarks for the notes.
+
+    Raises:
+        _Refused: It cannot be used. Pillow and its decoders raise errors of any kind for a damaged file.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if content is None:
+        raise _Refused("no image")
+    try:
+        return _pixels(content, wanted)
+    except (_Refused, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _Refused(f"too large ({error}); at most {MOST_PIXELS:,} pixels are read. Scale it down") from error
+    except UnidentifiedImageError as error:
+        raise _Refused("not an image") from error
+    except OSError as error:
+        if error.errno:
+            raise _Refused(f"not an image that can be read ({error.strerror})") from error
+        raise _Refused(f"damaged image ({error})") from error
+    except Exception as error:
+        raise _Refused(f"damaged image ({type(error).__name__}: {error})") from error
+
+
+def _pixels(content: bytes | Path, wanted: ImageFormat) -> tuple[np.ndarray, list[str]]:
+    """Check the header, then load the pixels, then all the rest: what loads them later would hide an error."""
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as opened:  # type: ignore[arg-type]
-            file = _in_8_bits(_turned_upright(opened) if wanted.upright else opened, of_16=opened.format in ("PNG", "PPM"))
-            mode = {1: "L", 3: "RGB"}.get(wanted.channels) or ("L" if file.mode in ("1", "L") else "RGB")
-            image = file.convert(mode)
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"data.path: {where(i)}: not an image ({error})") from error
-    if wanted.native and image.size != (wanted.native, wanted.native):
-        raise DataError(
-            f"data.path: {where(i)}: {image.size[0]} x {image.size[1]} pixels; {wanted.name} has {wanted.native} x {wanted.native}"
-        )
+    remarks = []
+    with ExitStack() as stack:
+        stream: IO[bytes] = stack.enter_context(content.open("rb") if isinstance(content, Path) else io.BytesIO(content))
+        opened = stack.enter_context(Image.open(stream, formats=image_formats()))
+        _check_header(opened.size, wanted)
+        kind, raw = opened.format, raw_mode(opened)
+        opened.load()
+        if has_check(kind):
+            stream.seek(0)
+            data = stream.read()
+            if end_of_image(data, kind) < len(data) and kind != "MPO":  # whose further images are previews
+                remarks.append(TRAILING_DATA)
+        upright = _turned_upright(opened) if wanted.upright else opened
+        image, grey, visible = opaque_8_bits(upright, raw, of_16=kind in ("PNG", "PPM"), background=wanted.background)
+        image = image.convert({1: "L", 3: "RGB"}.get(wanted.channels) or ("L" if grey else "RGB"))
+        if not visible:
+            remarks.append(ALL_TRANSPARENT)
+        if kind in _FRAMES and getattr(opened, "n_frames", 1) > 1:
+            remarks.append(SEVERAL_FRAMES)
     if not wanted.native and wanted.size and image.size != (wanted.size, wanted.size):
         image = ImageOps.fit(image, (wanted.size, wanted.size), method=Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
-    return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+    return (pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]), remarks
+
+
+def _check_header(size: tuple[int, int], wanted: ImageFormat) -> None:
+    width, height = size
+    if wanted.native and size != (wanted.native, wanted.native):
+        raise _Refused(f"{width} x {height} pixels; {wanted.name} has {wanted.native} x {wanted.native}")
+    if width * height > MOST_PIXELS:
+        raise _Refused(f"too large ({width} x {height} pixels); at most {MOST_PIXELS:,} pixels are read. Scale it down")
 
 
 def _turned_upright(image: Any) -> Any:
-    """Turn an image as its EXIF orientation says. Pillow's own function also writes the other tags anew, and fails over damaged ones."""
+    """Turn an image as its EXIF orientation says. Pillow's own function also writes the other tags again, and fails over damaged ones."""
     from PIL.Image import Transpose
 
     try:
         orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # of many kinds; a file whose tags cannot be read says nothing of how it was held
+    except Exception:  # of many kinds; the pixels are loaded, and tags that cannot be read do not say how the camera was held
         return image
     turns = {
         2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
@@ -91,23 +164,13 @@ def _turned_upright(image: Any) -> Any:
     return image if turn is None else image.transpose(turn)
 
 
-def _in_8_bits(image: Any, *, of_16: bool) -> Any:
-    """Scale grey images of 16 bits to 8; Pillow itself would cut off all above 255.
-
-    Args:
-        image: As Pillow reads it.
-        of_16: Its file's format has 16 bits at most, as PNG and PGM have: Pillow's mode of 32 bits holds no more then.
-
-    Raises:
-        ValueError: 32-bit whole numbers or floats: what is white in them is not known.
-    """
-    from PIL import Image
-
-    if image.mode.startswith("I;16") or (image.mode == "I" and of_16):
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"Pillow's mode {image.mode}, 32 bits a pixel; wanted 8 or 16 bits")
-    return image
+def _listed(problems: list[str]) -> str:
+    """Return one message for all images that cannot be used."""
+    if len(problems) == 1:
+        return f"data.path: {problems[0]}"
+    lines = "".join(f"\n  - {problem}" for problem in problems[:_MOST_SHOWN])
+    more = f"\n  and {len(problems) - _MOST_SHOWN} more" if len(problems) > _MOST_SHOWN else ""
+    return f"data.path: {len(problems)} images cannot be used:{lines}{more}"
 
 
 def _size(pixels: np.ndarray) -> str:

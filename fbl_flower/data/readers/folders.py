@@ -1,131 +1,123 @@
-"""Images in folders: one for each class, and the layout of tiny-imagenet-200."""
+"""Images in folders, one for each class."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from fbl_flower.data.readers.decoding import decode_images
-from fbl_flower.data.readers.source import ImageFormat, Source, class_name, examples
-from fbl_flower.data.readers.tiny_imagenet_names import TINY_IMAGENET
+from fbl_flower.data.readers.folder_layout import Layout, directories, entries, find_layout, images_in
+from fbl_flower.data.readers.formats import image_suffixes, is_image
+from fbl_flower.data.readers.names import name_of, shown
+from fbl_flower.data.readers.notes import Notes, is_hidden
+from fbl_flower.data.readers.source import ImageFormat, Source, examples
 from fbl_flower.errors import DataError
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-_NO_CLASSES = frozenset({"__MACOSX", "@eaDir"})  # what unpacking on macOS and network storage leave
-_TEST = ("test", "validation", "valid", "val")  # the first of them that is there is the test split
+LabelledFiles = list[tuple[Path, int]]
 
 
-def read_folder(path: Path, wanted: ImageFormat) -> Source:
-    """Read `path`/CLASS/IMAGE, or the same below `path`/train and `path`/test (unless train is a class, with images directly in it).
+def read_folder(path: Path, wanted: ImageFormat, *, needs_test: bool = False) -> Source:
+    """Read `path`/CLASS/IMAGE, or the same below one folder for each split (`train`, `test`).
 
     The order of classes is `wanted.class_names`, whatever the folder holds of them; only without it are they the sorted names of the
-    folder's own directories. Files are taken in the order of their names; hidden ones, and those without an image's suffix, are not read.
+    folder's own directories. Files are taken in the order of their names; hidden ones, and those without an image's ending, are counted.
+
+    Args:
+        path: The folder.
+        wanted: What the images must be. A packaged data set's directories may have the classes' numbers as names.
+        needs_test: Whether a folder without a test split is an error.
 
     Raises:
-        DataError: A directory is not one of the classes, or has images in directories of its own; there are no class directories, or no
-            images, in all or in the test split that is there; an image cannot be decoded.
+        DataError: A directory is not one of the classes, has files and no image, or has images in directories of its own; there are no
+            class directories, or no images, in all or in the test split that is there; folders are named after unknown splits; an
+            image cannot be decoded.
     """
-    directories = _directories(path)
-    split = {directory.name: directory for directory in directories}
-    is_class = "train" in split and "train" in (wanted.class_names or ()) and _images(split["train"])
-    if "train" in split and split.keys() <= {"train", *_TEST} and not is_class:
-        held_out = next((split[name] for name in _TEST if name in split), None)
-        roots = [split["train"]] + ([held_out] if held_out else [])
-    else:
-        roots = [path]
-    classes = [_directories(root) for root in roots]
+    notes = Notes()
+    layout = find_layout(path, wanted.class_names or (), notes)
+    if needs_test and layout.test is None:
+        raise DataError(
+            f"data.path: {shown(path)} has no test split; expected class directories below {shown(path)}/train and {shown(path)}/test"
+        )
+    classes = [directories(root) for root in layout.roots]
     if not classes[0]:
         raise DataError(
-            f"data.path: {roots[0]} has no class directories; wanted {roots[0]}/CLASS/IMAGE.png, or the same below train/ and test/"
+            f"data.path: {shown(layout.train)} has no class directories; wanted {shown(layout.train)}/CLASS/IMAGE.png, or the same below "
+            "train/ and test/"
         )
-    names = wanted.class_names or tuple(sorted({class_name(directory.name) for found in classes for directory in found}))
+    names = wanted.class_names or tuple(sorted({name_of(directory) for found in classes for directory in found}))
     wanted = replace(wanted, class_names=names)
-    number = {name: label for label, name in enumerate(names)}
-    for directory in (directory for found in classes for directory in found):
-        if class_name(directory.name) not in number:
-            way_out = "give the folder that holds these" if wanted.native else "add it to data.classes or move it"
-            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-            raise DataError(f"data.path: the directory {directory} is none of the classes {shown}; {way_out}")
-    for directory in (directory for found in classes for directory in found):
-        if deeper := next((inner for inner in _directories(directory) if any(map(_is_image, inner.rglob("*")))), None):
-            raise DataError(
-                f"data.path: images in {deeper}; wanted those of the class {directory.name} directly in {directory}"
-            )
-    files = [[(file, number[class_name(d.name)]) for d in found for file in _images(d)] for found in classes]
-    if not files[0]:
-        raise DataError(
-            f"data.path: no images in the class directories of {roots[0]}; wanted files {' '.join(sorted(_SUFFIXES))}"
-        )
-    if len(files) > 1 and not files[1]:
-        raise DataError(
-            f"data.path: no images in {roots[1]}, the test split of {roots[0]}; wanted {roots[1]}/CLASS/IMAGE.png, or remove the folder to "
-            "have a share of the others for testing"
-        )
-    return _source(files[0], files[1] if len(files) > 1 else [], wanted)
+    labels = {directory: _label(directory, wanted) for found in classes for directory in found}
+    files = [[(file, labels[d]) for d in found for file in _class_images(d, notes)] for found in classes]
+    _check_splits(layout, files)
+    for root in {path, *layout.roots}:
+        loose = [entry for entry in entries(root) if is_hidden(entry) or entry.is_file()]
+        notes.pass_over(loose, remark=" outside the class folders")
+    return labelled_source(files[0], files[1] if len(files) > 1 else [], wanted, notes)
 
 
-def read_tiny_imagenet(path: Path, wanted: ImageFormat) -> Source:
-    """Read the folder tiny-imagenet-200: train/WNID/images/*.JPEG, and val/images with val/val_annotations.txt as the test split.
-
-    Raises:
-        DataError: A file or a class is missing or unknown, or an image cannot be decoded.
-    """
-    root = path / "tiny-imagenet-200" if (path / "tiny-imagenet-200").is_dir() else path
-    annotations = root / "val" / "val_annotations.txt"
-    if not annotations.is_file():
-        raise DataError(
-            f"data.path: no file at {annotations}; wanted the folder tiny-imagenet-200 as it is distributed, or parquet files"
-        )
-    number = {wnid: label for label, wnid in enumerate(TINY_IMAGENET)}
-    train = []
-    for directory in _directories(root / "train"):
-        if directory.name not in number:
-            raise DataError(f"data.path: the directory {directory} is none of Tiny-ImageNet's 200 classes (WordNet ids)")
-        train += [(file, number[directory.name]) for file in _images(directory / "images")]
-    test = []
-    for line, row in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
-        fields = row.split("\t")
-        if len(fields) < 2 or fields[1] not in number:
-            raise DataError(f"data.path: {annotations}, line {line}: got {row!r}; wanted a file and one of the 200 WordNet ids")
-        test.append((root / "val" / "images" / fields[0], number[fields[1]]))
-    if not train or not test:
-        raise DataError(
-            f"data.path: no images in {root / ('val' if train else 'train')}; wanted the folder tiny-imagenet-200 as distributed"
-        )
-    return _source(train, test, wanted)
-
-
-def _source(train: list[tuple[Path, int]], test: list[tuple[Path, int]], wanted: ImageFormat) -> Source:
+def labelled_source(train: LabelledFiles, test: LabelledFiles, wanted: ImageFormat, notes: Notes) -> Source:
+    """Decode files with their labels."""
     files = [file for file, _ in train + test]
-    pixels = decode_images(files, wanted, lambda i: str(files[i]))
+    pixels = decode_images(files, wanted, lambda i: shown(files[i]), notes)
     labels = np.array([label for _, label in train + test], dtype=np.int64)
     n = len(train)
     return Source(
         class_names=wanted.class_names or (),
         train=examples(pixels[:n], labels[:n]),
         test=examples(pixels[n:], labels[n:]) if test else None,
+        notes=notes.lines(),
     )
 
 
-def _directories(path: Path) -> list[Path]:
-    return [d for d in _entries(path) if d.is_dir() and not d.name.startswith(".") and d.name not in _NO_CLASSES]
+def _label(directory: Path, wanted: ImageFormat) -> int:
+    label = wanted.label_of(name_of(directory))
+    if label is None:
+        names = wanted.class_names or ()
+        hint = "give the folder that holds these" if wanted.native else "add it to data.classes or move it"
+        listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        raise DataError(f"data.path: the directory {shown(directory)} is none of the classes {listed}; {hint}")
+    return label
 
 
-def _images(directory: Path) -> list[Path]:
-    return [file for file in _entries(directory) if _is_image(file)]
+def _class_images(directory: Path, notes: Notes) -> list[Path]:
+    """Return the images of one class, and count all other files.
+
+    Raises:
+        DataError: There are images further below, or files and not one image.
+    """
+    if deeper := next((inner for inner in directories(directory) if any(map(is_image, inner.rglob("*")))), None):
+        raise DataError(
+            f"data.path: images in {shown(deeper)}; wanted those of the class {name_of(directory)} directly in {shown(directory)}"
+        )
+    images = images_in(directory)
+    left = [entry for entry in entries(directory) if not is_image(entry) and (is_hidden(entry) or entry.is_file())]
+    visible = [entry for entry in left if not is_hidden(entry)]
+    if visible and not images:
+        kinds = Counter(entry.suffix.lower() or "without an ending" for entry in visible)
+        found = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+        raise DataError(
+            f"data.path: no images in the class directory {shown(directory)}, whose files are {found}. Expected files that Pillow "
+            f"reads ({_some_suffixes()}). Convert these, or remove the directory"
+        )
+    notes.pass_over(left)
+    return images
 
 
-def _entries(path: Path) -> list[Path]:
-    """Return what is in a folder, in the order of the names."""
-    if not path.is_dir():
-        raise DataError(f"data.path: no folder at {path}; wanted a folder of images")
-    try:
-        return sorted(path.iterdir(), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"data.path: {path} cannot be read ({error.strerror or error}); mend its permissions") from error
+def _check_splits(layout: Layout, files: list[LabelledFiles]) -> None:
+    if not files[0]:
+        raise DataError(
+            f"data.path: no images in the class directories of {shown(layout.train)}; wanted files that Pillow reads ({_some_suffixes()})"
+        )
+    if layout.test and not files[1]:
+        raise DataError(
+            f"data.path: no images in {shown(layout.test)}, the test split of {shown(layout.train)}; wanted {shown(layout.test)}/CLASS/IMAGE.png, "
+            "or remove the folder to have a share of the others for testing"
+        )
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+def _some_suffixes() -> str:
+    common = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm")
+    return " ".join(suffix for suffix in common if suffix in image_suffixes()) + " and more"

@@ -28,6 +28,18 @@ _HARMLESS = {  # what a pickled array consists of, under numpy's old and new nam
 }
 
 
+def has_cifar(path: Path, name: str) -> bool:
+    """Tell whether a folder, or the one in it, holds any of CIFAR's batches."""
+    return (path / CIFAR_FOLDER[name]).is_dir() or any(
+        (path / file).is_file() for files in _CIFAR_FILES[name] for file in files
+    )
+
+
+def has_fashion_mnist(path: Path) -> bool:
+    """Tell whether a folder, or torchvision's inside it, holds any of the IDX files."""
+    return any(_idx_folder(path).glob("*-ubyte*"))
+
+
 def read_cifar(path: Path, wanted: ImageFormat) -> Source:
     """Read the batches of CIFAR-10, or CIFAR-100 with its fine labels, from their folder or the one that holds it.
 
@@ -46,7 +58,7 @@ def read_fashion_mnist(path: Path, wanted: ImageFormat) -> Source:
     Raises:
         DataError: A file is missing or damaged.
     """
-    root = next((p for p in (path / "FashionMNIST" / "raw", path / "raw") if p.is_dir()), path)
+    root = _idx_folder(path)
     parts = []
     for kind in ("train", "t10k"):
         image_file, label_file = (
@@ -61,6 +73,10 @@ def read_fashion_mnist(path: Path, wanted: ImageFormat) -> Source:
         check_labels(labels, len(wanted.class_names or ()), where=label_file, name=wanted.name)
         parts.append(examples(images[:, None], labels))
     return Source(class_names=wanted.class_names or (), train=parts[0], test=parts[1])
+
+
+def _idx_folder(path: Path) -> Path:
+    return next((p for p in (path / "FashionMNIST" / "raw", path / "raw") if p.is_dir()), path)
 
 
 def read_idx(file: Path) -> np.ndarray:

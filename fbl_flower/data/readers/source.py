@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,11 @@ class ImageFormat:
         name: The data set, for messages.
         class_names: In the order of the labels; None: to be found in the data.
         channels: 1, 3, or 0 for 1 if every image is grey and 3 otherwise.
-        native: Height and width that every image must have, in pixels; 0: any.
+        spellings: Labels by further spellings of a packaged data set's classes, as `plain` writes them.
+        native: Height and width that every image must have, in pixels; 0: any. Only packaged data sets have one.
         size: Where `native` is 0, height and width to scale and crop to; 0: all images must be square and of one size.
         upright: Turn photographs as their EXIF data says.
+        background: Red, green and blue of the ground that transparent images are laid over.
     """
 
     name: str
@@ -34,11 +35,24 @@ class ImageFormat:
     native: int = 0
     size: int = 0
     upright: bool = False
+    background: tuple[int, int, int] = (255, 255, 255)
+    spellings: Mapping[str, int] = field(default_factory=dict)
+
+    def label_of(self, name: str) -> int | None:
+        """Return the label of a class name in form NFC; None: it is none of the classes.
+
+        A packaged data set's classes may be spelled otherwise, or be their numbers.
+        """
+        if not self.native:
+            return self.class_names.index(name) if self.class_names and name in self.class_names else None
+        if name.isascii() and name.isdecimal():
+            return int(name) if int(name) < len(self.class_names or ()) else None
+        return self.spellings.get(plain(name))
 
 
-def class_name(text: str) -> str:
-    """Return the name of a class in Unicode's form NFC: archives of macOS spell an accent apart from its letter, other systems do not."""
-    return unicodedata.normalize("NFC", text)
+def plain(name: str) -> str:
+    """Return the letters and digits of a name in lower case: `T-shirt/top` and `t_shirt_top` are one class."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +63,7 @@ class Source:
         class_names: In the order of the labels.
         train: What test (where `test` is None), public, validation and private parts are cut from.
         test: Its own test split; None where it has none.
-        notes: What was passed over, a sentence each.
+        notes: What was passed over or decided, a sentence each.
     """
 
     class_names: tuple[str, ...]
