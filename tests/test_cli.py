@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -161,12 +162,19 @@ def test_a_failed_run_exits_1_and_an_interrupted_one_130(
     assert cli.main(arguments) == 130
 
 
-def fake_flower(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, status: str, started: bool = True) -> None:
+def fake_flower(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, status: str, started: bool = True, slow_starts: int = 0
+) -> None:
     """Put a script in the place of `flwr` that exits 0 whatever happens, as the real one does."""
     script = tmp_path / "flwr"
     says = "Successfully started run 42 in federation x" if started else "Error: no such app"
     answer = f'{{"success": true, "runs": [{{"run-id": "42", "status": "{status}", "status-details": "told to fail"}}]}}'
-    script.write_text(f"#!/bin/sh\nif [ $1 = run ]; then echo '{says}'; else echo Listing; echo '{answer}'; fi\n")
+    script.write_text(f"""#!/bin/sh
+if [ $1 != run ]; then echo Listing; echo '{answer}'; exit; fi
+echo run >> {tmp_path}/calls
+if [ $(wc -l < {tmp_path}/calls) -le {slow_starts} ]; then echo '| Failed to start local SuperLink within 15s. See'; exit 1; fi
+echo '{says}'
+""")
     script.chmod(0o755)
     for module in (simulation, flower_cli):
         monkeypatch.setattr(module, "flower_program", lambda name: str(script))
@@ -189,6 +197,23 @@ def test_a_run_that_completed_and_one_that_was_refused(
     fake_flower(monkeypatch, tmp_path, status="", started=False)
     with pytest.raises(RunFailed, match="did not start the run: Error: no such app"):
         simulation.run_simulation({}, nodes=2)
+
+
+@pytest.mark.parametrize("slow_starts", [1, 2])
+def test_a_superlink_that_starts_slowly_gets_a_second_chance(
+    slow_starts: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And no third one."""
+    fake_flower(monkeypatch, tmp_path, status="finished:completed", slow_starts=slow_starts)
+    expected = (
+        contextlib.nullcontext() if slow_starts == 1 else pytest.raises(RunFailed, match="start local SuperLink within 15s")
+    )
+    with expected:
+        simulation.run_simulation({}, nodes=2)
+    output = capfd.readouterr()
+    assert output.err == "This machine is slow or busy. Trying once more.\n"
+    assert output.out.count("Failed to start") == slow_starts and ("started run 42" in output.out) == (slow_starts == 1)
+    assert (tmp_path / "calls").read_text() == "run\nrun\n"
 
 
 def test_flowers_advice_is_left_out_of_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,7 @@ LINES_OF_A_RUN = re.compile(
       | node\ .*connection.*clients | node-[012]\ .*connected\ +[012]:\ prepared
       | Round\ [012]/2:\ accuracy.* | Final\ accuracy\ .*
       )
+    | [╭│╰].*
     | .*client\ \d:\ \d+\ %\ of\ its\ synthetic\ images\ generated  # only where that takes long
     )?""",
     re.VERBOSE,
@@ -127,7 +128,8 @@ def test_a_first_run_behind_a_proxy_has_a_clean_log(tmp_path: Path, flower_envir
         environment = with_programs(flower_environment, Path(sys.executable).parent) | dict.fromkeys(names, address)
         settings = quick(tmp_path, num_server_rounds=2, num_clients=3, generator__name="diffusion", pictures=True)
         done = run(["fbl-flower", "run", "-c", str(settings_file(tmp_path, settings))], environment, tmp_path)
-    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    slow = "This machine is slow or busy. Trying once more.\n"  # Flower then has printed a framed message
+    assert done.returncode == 0 and done.stderr in ("", slow), done.stdout + done.stderr
     lines = [re.sub(r"\x1b\[\d+m", "", line).strip() for line in done.stdout.splitlines()]
     assert [line for line in lines if not LINES_OF_A_RUN.fullmatch(line)] == []
     assert [line[:17] for line in lines if "Round" in line] == [f"INFO :      Round {n}"[:17] for n in range(3)]

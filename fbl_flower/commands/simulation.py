@@ -24,6 +24,7 @@ from fbl_flower.config import Value, to_toml
 from fbl_flower.errors import RunFailed
 
 _STARTED = re.compile(r"started run (\d+)")
+_TOO_SLOW = "Failed to start local SuperLink within"  # Flower's limit of 15 seconds
 # Lines that are not shown.
 _LEFT_OUT = re.compile(
     r"Since flwr 1\.32, default simulated SuperNodes changed"  # here `--nodes` is their number, and Flower's advice would mislead
@@ -54,7 +55,13 @@ def run_simulation(settings: Mapping[str, Value], *, nodes: int, app: Path | Non
         config.write_text(to_toml(settings), encoding="utf-8")
         resources = f"num-supernodes={nodes} client-resources-num-cpus=1 client-resources-num-gpus={0.1 if gpu else 0.0}"
         command = [flower_program("flwr"), "run", str(folder), "--stream", "--federation-config", resources, "-c", str(config)]
-        run_id = follow(command)
+        try:
+            run_id = follow(command)
+        except RunFailed as error:
+            if _TOO_SLOW not in str(error):
+                raise
+            print("This machine is slow or busy. Trying once more.", file=sys.stderr, flush=True)
+            run_id = follow(command)  # its files are in memory by now
     status, details = final_status(run_id)
     if status != "finished:completed":
         raise RunFailed(
