@@ -120,7 +120,7 @@ def test_superlink_of_another_home_is_left_alone(start: Start, port: int, tmp_pa
         f"{Path(os.environ['FLWR_HOME']).resolve()}, got {(tmp_path / 'other').resolve()}. This run does not join it. "
         "To use another port, set FLWR_LOCAL_SUPERLINK_HTTP_API_PORT to the number of a free one."
     )
-    with pytest.raises(RunFailed, match=r"another FLWR_HOME: .* It is not stopped\."):
+    with pytest.raises(RunFailed, match=r"another FLWR_HOME: .* It is not stopped\. Only its owner can"):
         superlink.stop_superlink(force=True)
     assert process.poll() is None
 
@@ -132,7 +132,7 @@ def test_superlink_of_another_user_is_left_alone(start: Start, monkeypatch: pyte
     monkeypatch.setattr(superlink, "run_status", lambda: pytest.fail("its runs were looked at"))
     with pytest.raises(RunFailed, match=rf"\(process {process.pid}\) is of another user \(number 2147483648\)\. This run"):
         superlink.check_superlink(ROOT)
-    with pytest.raises(RunFailed, match=r"another user .* It is not stopped\."):
+    with pytest.raises(RunFailed, match=r"another user .* It is not stopped\. Only its owner can"):
         superlink.stop_superlink(force=True)
     assert process.poll() is None
 

@@ -97,7 +97,7 @@ def stop_superlink(*, force: bool = False) -> str:
         others = f"; the port is used by {describe_listener(port)}" if is_listening(port) else ""
         return f"no background SuperLink on port {port}{others}"
     if reason := _not_ours(process, port):
-        raise RunFailed(f"{reason} It is not stopped.")
+        raise RunFailed(f"{reason} It is not stopped. Only its owner can, with its FLWR_HOME.")
     active = [row["run-id"] for row in run_status() if not row["status"].startswith("finished")]
     if active and not force:
         raise RunFailed(
