@@ -30,7 +30,7 @@ from fbl_flower.data.datasets import load_parts
 from fbl_flower.device import autocast, memory_format, pick_device
 from fbl_flower.federation import client
 from fbl_flower.federation.wire import TRAIN, Reply, Request
-from fbl_flower.models import Classifier, new_classifier
+from fbl_flower.models import Classifier, fitted, new_classifier
 from fbl_flower.params import to_arrays
 from fbl_flower.training.prepare import client_examples
 
@@ -158,8 +158,9 @@ class _Pictures(Dataset[dict[str, object]]):
 
 
 def _model(config: RunConfig) -> Classifier:
-    info = load_parts(config.data).info
-    return new_classifier(config.model, channels=info.channels, num_classes=info.num_classes, seed=config.seed)
+    parts = load_parts(config.data)
+    info, network = parts.info, fitted(config.model, image_size=parts.image_size, device=pick_device(config))
+    return new_classifier(network, channels=info.channels, num_classes=info.num_classes, seed=config.seed)
 
 
 if __name__ == "__main__":

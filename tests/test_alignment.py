@@ -117,7 +117,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
-SEVERAL_EPOCHS = TrainConfig(epochs=2, batch_size=8, learning_rate=0.1, precision="fp32")
+SEVERAL_EPOCHS = TrainConfig(epochs=2, batch_size=8, learning_rate=0.1)
 BOTH = pytest.mark.parametrize("config", [PLAIN, SEVERAL_EPOCHS], ids=["one-epoch", "epochs-and-augmentation"])
 
 
@@ -203,7 +203,7 @@ def test_there_is_no_vector_at_test_time() -> None:
     """Features and logits of an evaluation are F(I) and H(F(I)), whatever the images were in training."""
     model = new_classifier(ModelConfig(name="tiny"), channels=1, num_classes=10, seed=0)
     examples = images_of(6, synthetic=True)
-    features, logits = predict(model, examples.images, precision="fp32")
+    features, logits = predict(model, examples.images)
     x = examples.images.float() / 127.5 - 1
     assert torch.allclose(features, model.features(x), atol=1e-6)
     assert torch.allclose(logits, model(x), atol=1e-6)

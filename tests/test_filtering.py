@@ -174,7 +174,7 @@ def test_round_1_takes_everything_and_the_first_replay_judges_by_the_received_mo
     one, two, three = (result.state for result in rounds(data))
     assert one is not None and two is not None and three is not None
     assert one.kept_fill is None and two.kept_fill is None and three.kept_fill is not None
-    losses = per_image_losses(new_classifier(CONFIG.model, channels=1, num_classes=4, seed=0), data.fill, precision="fp32")
+    losses = per_image_losses(new_classifier(CONFIG.model, channels=1, num_classes=4, seed=0), data.fill)
     fallen = [1 + int(i) for i in losses[1:6].topk(2).indices] + [6 + int(i) for i in losses[6:].topk(3).indices]
     assert (~three.kept_fill).nonzero().flatten().tolist() == sorted(fallen)
     assert data.real.labels[three.kept].bincount(minlength=4).tolist() == [11, 5, 1, 0]
@@ -219,7 +219,7 @@ def test_neighbours_compares_with_all_real_images_of_the_received_model() -> Non
     assert state is not None and state.kept_fill is not None
     assert (~state.kept_fill).nonzero().flatten().tolist() == [5]  # classes 2 and 3 are missing, and have no check
     model = new_classifier(CONFIG.model, channels=1, num_classes=4, seed=0)
-    features, real = (predict(model, e.images, precision="fp32")[0] for e in (data.fill, data.real))
+    features, real = (predict(model, e.images)[0] for e in (data.fill, data.real))
     own = torch.cdist(real[40:], real[40:]).fill_diagonal_(torch.inf).amin(1)
     assert torch.cdist(features[5:6], real[40:]).min() > own.max()  # what the choice rests on
 

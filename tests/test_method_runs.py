@@ -142,7 +142,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, monkeyp
         np.testing.assert_array_equal(array, checkpoint(killed, method)[name])
 
 
-@pytest.mark.parametrize("method", ["scaffold", "moon"])
+@pytest.mark.parametrize("method", ["scaffold", "moon", "feddyn"])
 def test_what_a_client_remembers_changes_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """A resumed run differs if one client has lost its memory of the method, and the client is named."""
     settings = small(tmp_path, method__name=method, num_server_rounds=2, fraction_train=1.0, balancing__enabled=False)
@@ -185,6 +185,8 @@ def test_only_what_a_method_needs_travels(tmp_path: Path) -> None:
         ("moon", set(), set()),
         ("scaffold", {"scaffold"}, {"scaffold"}),
         ("fedgen", {"fedgen"}, {"fedgen"}),
+        ("feddyn", set(), set()),
+        ("logit-adjustment", set(), set()),
     ):
         _, messages = federate(small(tmp_path, method__name=method, num_server_rounds=2, balancing__enabled=False))
         requests = [Request.from_record(m.content) for m in messages if "request" in m.content]

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from fbl_flower.balancing.plan import make_rich_plan
 from fbl_flower.config import RunConfig, parse_config
-from fbl_flower.config.methods import counts_of
+from fbl_flower.config.methods import METHODS, counts_of
 from fbl_flower.errors import ConfigError, GeneratorError, RunFailed
 from fbl_flower.federation import client, method_rounds, server
 from fbl_flower.federation.local import LocalGrid, run_local
@@ -83,8 +83,8 @@ def test_shares_are_rounded_together() -> None:
     [
         (
             {"clients__methods": "fedsgd=0.1"},
-            "clients.methods: got 'fedsgd=0.1'; allowed: method=share between commas, methods fedavg | fedprox | moon | scaffold | "
-            "fedgen, each once, shares 0 .. 1",
+            "clients.methods: got 'fedsgd=0.1'; allowed: method=share between commas, methods "
+            f"{' | '.join(METHODS)}, each once, shares 0 .. 1",
         ),
         ({"clients__methods": "moon=1.5"}, "clients.methods: got 'moon=1.5'; allowed: method=share between commas"),
         ({"clients__methods": "moon=nan"}, "clients.methods: got 'moon=nan'; allowed"),
@@ -120,7 +120,7 @@ def test_shares_are_rounded_together() -> None:
             {"num_clients": 4, "clients__rich_share": 0.1},
             "clients.rich-share: got 0.1, and of 4 clients that is nobody, as shares are rounded in their order",
         ),
-        ({"method__name": "sgd"}, "method.name: got 'sgd' (str); allowed: fedavg | fedprox | moon | scaffold | fedgen"),
+        ({"method__name": "sgd"}, "method.name: got 'sgd' (str); allowed: " + " | ".join(METHODS)),
     ],
 )
 def test_wrong_shares_are_one_clear_sentence(keys: dict[str, Any], problem: str) -> None:
@@ -268,5 +268,5 @@ def test_nodes_that_state_something_unknown_are_named_before_training(tmp_path: 
         federate(settings, {1: {"capability": "strong"}, 3: {"method": "adam"}})
     assert str(caught.value) == (
         "nothing was trained; node 1: capability: got 'strong'; allowed in a node's --node-config: full | rich | none; "
-        "node 3: method: got 'adam'; allowed in a node's --node-config: fedavg | fedprox | moon | scaffold | fedgen"
+        "node 3: method: got 'adam'; allowed in a node's --node-config: " + " | ".join(METHODS)
     )

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ from torchvision.models import resnet18
 
 from fbl_flower.config import ModelConfig
 from fbl_flower.errors import ConfigError
-from fbl_flower.models import Classifier, check_model, empty_classifier, new_classifier
+from fbl_flower.models import Classifier, as_received, check_model, empty_classifier, fitted, new_classifier
 from fbl_flower.models.cpu_layers import use_cpu_layers
 from fbl_flower.params import to_arrays
 
+FULL: dict[str, Any] = {"width": 64, "stem": "imagenet"}  # ResNet-18 as torchvision has it
+
 
 def meta(*, channels: int = 3, num_classes: int = 10, **config: str) -> Classifier:
-    return empty_classifier(ModelConfig(**config), channels=channels, num_classes=num_classes)
+    return empty_classifier(ModelConfig(**(FULL | config)), channels=channels, num_classes=num_classes)
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -49,11 +52,11 @@ def test_a_network_that_learns_nothing_from_so_small_images_is_refused() -> None
     with pytest.raises(
         ConfigError, match=r"learns nothing from images of 8 pixels; use model.stem='32x32', or data.image-size of 16"
     ):
-        check_model(ModelConfig(), image_size=8)
+        check_model(ModelConfig(**FULL), image_size=8)
     for config, size in (
-        (ModelConfig(), 16),
+        (ModelConfig(**FULL), 16),
         (ModelConfig(stem="32x32"), 8),
-        (ModelConfig(norm="batch"), 8),
+        (ModelConfig(norm="batch", **FULL), 8),
         (ModelConfig(name="tiny"), 8),
     ):
         check_model(config, image_size=size)
@@ -62,7 +65,8 @@ def test_a_network_that_learns_nothing_from_so_small_images_is_refused() -> None
 @pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("tiny", 32)])
 def test_a_projection_is_two_more_layers_before_the_last(name: str, width: int) -> None:
     plain, projected = (
-        new_classifier(ModelConfig(name=name, projection_width=out), channels=3, num_classes=7, seed=0) for out in (0, 20)
+        new_classifier(ModelConfig(name=name, projection_width=out, **FULL), channels=3, num_classes=7, seed=0)
+        for out in (0, 20)
     )
     assert (
         num_parameters(projected) == num_parameters(plain) - 7 * (width + 1) + width * (width + 1) + 20 * (width + 1) + 7 * 21
@@ -100,7 +104,7 @@ def test_logits_are_the_head_of_the_features() -> None:
 
 
 def test_batch_statistics_are_among_the_arrays_and_group_norm_has_none() -> None:
-    batch = new_classifier(ModelConfig(name="resnet18", norm="batch"), channels=1, num_classes=10, seed=0)
+    batch = new_classifier(ModelConfig(name="resnet18", norm="batch", **FULL), channels=1, num_classes=10, seed=0)
     arrays = to_arrays(batch.state_dict())
     for end, dtype, count in (
         ("running_mean", "float32", 20),
@@ -207,11 +211,18 @@ def test_under_autocast_a_small_map_is_computed_in_bf16_with_the_gradients_of_fl
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Conv2d(4, 4, 3, bias=True), nn.Conv2d(4, 4, 3, bias=False, groups=2), nn.Conv2d(4, 4, 3, bias=False, dilation=2)],
+    [
+        nn.Conv2d(4, 4, 3, bias=True),
+        nn.Conv2d(4, 4, 3, bias=False, groups=2),
+        nn.Conv2d(4, 4, 3, bias=False, dilation=2),
+        nn.Conv2d(4, 4, 1, bias=False, padding=1),
+        nn.Conv2d(4, 4, 5, bias=False, padding=4, stride=3),
+    ],
 )
 def test_other_convolutions_stay_torchs_own(layer: nn.Module) -> None:
     use_cpu_layers(layer)
     assert type(layer) is nn.Conv2d
+    layer(torch.zeros(1, 4, 1, 1) if layer.padding != (0, 0) else torch.zeros(1, 4, 5, 5))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -224,10 +235,56 @@ def test_pooling_is_torchs_own_and_keeps_the_layout(layout: torch.memory_format)
 
 
 def test_resnet18_is_torchvisions_own_function_at_sizes_with_maps_of_one_pixel() -> None:
-    model = new_classifier(ModelConfig(), channels=3, num_classes=10, seed=3)
+    model = new_classifier(ModelConfig(**FULL), channels=3, num_classes=10, seed=3)
     reference = resnet18(norm_layer=partial(nn.GroupNorm, 32))
     reference.fc = nn.Identity()
     reference.load_state_dict(model.features.state_dict())
     for side in (8, 28, 32, 64):
         x = torch.randn(2, 3, side, side)
         assert torch.allclose(model.features(x), reference(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_width_64_is_torchvisions_resnet18(norm: str) -> None:
+    """The same names and shapes, the same function of the same weights, and initial weights of the same spread."""
+    ours = new_classifier(ModelConfig(norm=norm, **FULL), channels=3, num_classes=10, seed=0).features
+    theirs = resnet18(norm_layer=partial(torch.nn.GroupNorm, 32) if norm == "group" else None)
+    theirs.fc = torch.nn.Identity()
+    stds = {name: tensor.std().item() for name, tensor in theirs.state_dict().items() if tensor.ndim == 4}
+    for name, std in stds.items():
+        assert ours.state_dict()[name].std().item() == pytest.approx(std, rel=0.1)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(ours.eval()(images), theirs.eval()(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "parameters"), [(16, 701_466), (24, 1_575_202), (32, 2_797_610)])
+def test_narrow_networks(width: int, parameters: int) -> None:
+    """As torch counts them; the last features are 8 w wide, and a group of GroupNorm has two channels in the first stage."""
+    model = new_classifier(ModelConfig(width=width, stem="32x32", norm="batch"), channels=3, num_classes=10, seed=0)
+    assert model.width == 8 * width
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    group = new_classifier(ModelConfig(width=width, stem="32x32"), channels=3, num_classes=10, seed=0)
+    groups = {m.num_groups for m in group.modules() if isinstance(m, torch.nn.GroupNorm)}
+    assert groups == {width // 2}
+    assert group(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_stem_and_width_follow_images_and_machine() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert fitted(ModelConfig(), image_size=28, device=cpu) == ModelConfig(stem="32x32", width=16)
+    assert fitted(ModelConfig(), image_size=64, device=cuda) == ModelConfig(stem="32x32", width=64)
+    assert fitted(ModelConfig(), image_size=65, device=cpu) == ModelConfig(stem="imagenet", width=16)
+    chosen = ModelConfig(stem="imagenet", width=24)
+    assert fitted(chosen, image_size=8, device=cuda) == chosen
+    with pytest.raises(ValueError, match="decided"):
+        new_classifier(ModelConfig(), channels=3, num_classes=10, seed=0)
+
+
+@pytest.mark.parametrize("projection", [0, 20])
+@pytest.mark.parametrize(("stem", "width"), [("32x32", 16), ("imagenet", 24)])
+def test_a_client_reads_stem_and_width_from_the_model_that_it_receives(stem: str, width: int, projection: int) -> None:
+    made = ModelConfig(stem=stem, width=width, projection_width=projection)
+    arrays = to_arrays(new_classifier(made, channels=1, num_classes=4, seed=0).state_dict())
+    shuffled = dict(sorted(arrays.items(), reverse=True))
+    assert as_received(ModelConfig(projection_width=projection), shuffled) == made

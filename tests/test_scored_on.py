@@ -24,7 +24,7 @@ from fbl_flower.training.round import load_classifier
 def accuracy_of(model: Path, config: RunConfig) -> float:
     parts = load_parts(config.data)
     classifier = load_classifier(load_file(model), config, channels=1, num_classes=10, device=torch.device("cpu"))
-    return evaluate(classifier, parts.validation, precision=config.train.precision).accuracy
+    return evaluate(classifier, parts.validation).accuracy
 
 
 def test_a_federation_is_scored_on_validation_and_trained_as_before(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fbl_flower.seeding import derive, numpy_stream, torch_stream
+from fbl_flower.seeding import derive, numpy_stream, torch_generator, torch_stream
 
 NAMES = st.lists(st.one_of(st.integers(0, 50), st.text("abc", min_size=1, max_size=3)), max_size=3)
 
@@ -48,3 +48,24 @@ def test_global_generators_are_left_alone() -> None:
     torch.rand(3, generator=torch_stream(0, "x"))
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[index]
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 62))
+def test_every_bit_of_a_seed_counts(seed: int, bit: int) -> None:
+    one, other = torch_generator(seed), torch_generator(seed ^ (1 << bit))
+    assert not torch.equal(torch.randn(8, generator=one), torch.randn(8, generator=other))
+
+
+def test_torchs_generator_draws_what_numpys_twister_draws() -> None:
+    """The state is numpy's, word by word: the first 1,000 uniform numbers of 24 bits agree."""
+    twister = np.random.MT19937()
+    key = np.random.SeedSequence(123).generate_state(624)
+    twister.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": 624}}
+    expected = (twister.random_raw(1000) % 2**24) / 2**24
+    assert torch.rand(1000, generator=torch_generator(123)).tolist() == expected.tolist()
+
+
+def test_the_same_seed_gives_the_same_numbers() -> None:
+    assert torch.equal(
+        torch.randn(9, generator=torch_generator(2**62 + 1)), torch.randn(9, generator=torch_generator(2**62 + 1))
+    )

@@ -23,7 +23,6 @@ class BalancingState:
         aligned_accuracy: The same with P.
         kept_fill: bool [M], the synthetic images that the filter lets pass until the next choice; None: all of them.
         generator: Fingerprint of what made the client's synthetic images in its last round; empty where it had none.
-        images: Digest of the client's real images in its last round: those that `kept` is about.
     """
 
     kept: torch.Tensor
@@ -33,7 +32,6 @@ class BalancingState:
     aligned_accuracy: float = float("nan")
     kept_fill: torch.Tensor | None = None
     generator: str = ""
-    images: str = ""
 
     def alignment_row(self) -> dict[str, list[float] | float | None]:
         """Say how large P is and how well synthetic images are classified without and with it, as JSON can hold it."""
@@ -65,7 +63,6 @@ def _pack(state: BalancingState) -> Record:
             "synthetic_accuracy": repr(state.synthetic_accuracy),
             "aligned_accuracy": repr(state.aligned_accuracy),
             "generator": state.generator,
-            "images": state.images,
         },
     )
 
@@ -79,5 +76,4 @@ def _unpack(record: Record) -> BalancingState:
         aligned_accuracy=float(record.texts["aligned_accuracy"]),
         kept_fill=record.tensors.get("kept_fill"),
         generator=record.texts.get("generator", ""),
-        images=record.texts.get("images", ""),
     )

@@ -114,7 +114,7 @@ def _for_command_line(value: Value) -> str:
 
 def _generates(config: RunConfig, kind: str) -> bool:
     fills = config.balancing.enabled and config.balancing.filling
-    wanted = kind == "synthetic-only" or (kind == "federation" and (fills or config.warm_start.generates))
+    wanted = kind == "synthetic-only" or (kind == "federation" and (fills or config.server_generates))
     return wanted and config.generator.name == "diffusion"
 
 

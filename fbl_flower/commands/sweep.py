@@ -224,7 +224,8 @@ def _what_it_needs(row: Row) -> RunConfig:
     balancing, warm_start = replace(row.config.balancing, enabled=False), replace(row.config.warm_start, enabled=False)
     if row.kind == "synthetic-only":
         warm_start = replace(warm_start, enabled=True, images="synthetic")
-    return replace(row.config, balancing=balancing, warm_start=warm_start)
+    tuning = replace(row.config.server_tuning, part="none")
+    return replace(row.config, balancing=balancing, warm_start=warm_start, server_tuning=tuning)
 
 
 def _start(job: Job) -> Process:

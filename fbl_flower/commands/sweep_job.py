@@ -177,7 +177,9 @@ def _earlier_part(config: RunConfig) -> tuple[str, float]:
             continue
         print(f"goes on after round {point.server_round} of {found}", flush=True)
         timings = run.read_rows("timings.jsonl")
-        return str(found), sum(row["clients_seconds"] + row["evaluate_seconds"] for row in timings)
+        return str(found), sum(
+            row["clients_seconds"] + row.get("tuning_seconds", 0) + row["evaluate_seconds"] for row in timings
+        )
     return "", 0.0
 
 

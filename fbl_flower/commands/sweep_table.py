@@ -105,9 +105,7 @@ def source_of_synthetic(row: Row) -> str:
     """Say where a row's synthetic images come from, and how they are degraded; empty where there are none."""
     config = row.config
     b, g = config.balancing, config.generator
-    used = (
-        (b.enabled and b.filling) or config.warm_start.generates if row.kind == "federation" else row.kind == "synthetic-only"
-    )
+    used = (b.enabled and b.filling) or config.server_generates if row.kind == "federation" else row.kind == "synthetic-only"
     if not used:
         return ""
     parts = [g.name, f"of {g.trained_on}" if g.trained_on else "", f"blur {g.blur:g} px" if g.blur else ""]

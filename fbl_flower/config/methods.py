@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 from fbl_flower.config.options import option
 
-METHODS = ("fedavg", "fedprox", "moon", "scaffold", "fedgen")
+METHODS = ("fedavg", "fedprox", "moon", "scaffold", "fedgen", "logit-adjustment", "fedlc", "feddyn")
 CAPABILITIES = ("full", "rich", "none")
 
 
@@ -54,6 +54,29 @@ class FedGenConfig:
     batch_size: int = option(32, "features per step of the generator", low=2)
     hidden_width: int = option(256, "hidden units of the generator", low=1)
     noise_width: int = option(32, "numbers of noise for each feature vector", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitAdjustmentConfig:
+    """Logit adjustment (Menon et al., arXiv 2007.07314), by each client's own label counts."""
+
+    tau: float = option(1.0, "weight of the log counts; 1: balanced softmax; 0: FedAvg", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedLCConfig:
+    """FedLC (Zhang et al., arXiv 2209.00189)."""
+
+    tau: float = option(1.0, "weight of the calibration of logits; 0: FedAvg", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedDynConfig:
+    """FedDyn (Acar et al., arXiv 2111.04263)."""
+
+    alpha: float = option(
+        0.01, "weight of the dynamic regulariser; 0: FedAvg; 0.01 is that of the authors' example for CIFAR-10", low=0.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from fbl_flower.config.options import option
 PACKAGED = ("mnist5k", "digits")  # data sets that come with a package
 OWN = ("folder", "parquet")  # the user's own images
 NAMED = ("cifar10", "cifar100", "tiny-imagenet", "eurosat", "fashion-mnist")
+OWN_IMAGES = "own-images"  # the generator that is none: repeats of a client's own images
 DATA_NAMES = (*PACKAGED, *NAMED, *OWN)
 
 
@@ -55,8 +56,18 @@ class ModelConfig:
     """The classifier: features F, then a linear head H."""
 
     name: str = option("resnet18", "network; tiny is a small convolutional one for tests", choices=("resnet18", "tiny"))
-    stem: str = option("imagenet", "first layers of ResNet-18: 7x7/2 and max-pool, or 3x3/1", choices=("imagenet", "32x32"))
+    stem: str = option(
+        "auto",
+        "first layers of ResNet-18: 7x7/2 and max-pool (imagenet), or 3x3/1 (32x32); auto: 32x32 up to 64 pixels",
+        choices=("auto", "imagenet", "32x32"),
+    )
     norm: str = option("group", "normalisation of ResNet-18", choices=("group", "batch"))
+    width: int = option(
+        0,
+        "channels of ResNet-18's first stage, a multiple of 8; 64 is ResNet-18; 0: 64 where the server has a GPU, else 16",
+        low=0,
+        high=256,
+    )
     projection_width: int = option(
         0, "outputs of two more layers before the last one, for every method, as MOON's paper has 256; 0: none", low=0
     )
@@ -69,7 +80,13 @@ class TrainConfig:
     epochs: int = option(2, "passes over the client's balanced data in a round", low=1)
     batch_size: int = option(32, "images per step", low=1)
     learning_rate: float = option(0.05, "step size of the model", above=0.0)
+    schedule: str = option(
+        "constant",
+        "learning rate over the rounds: constant, a cosine to zero, or a rise in the first 30 % and then the cosine",
+        choices=("constant", "cosine", "one-cycle"),
+    )
     momentum: float = option(0.9, "momentum, from zero again in each round", low=0.0, high=0.999)
+    nesterov: bool = option(False, "Nesterov's form of the momentum")
     weight_decay: float = option(0.0, "L2 penalty of the model's weights", low=0.0)
     clip_norm: float = option(5.0, "largest gradient norm of the model; 0: no clipping", low=0.0)
     augment: bool = option(True, "random shifts (and flips, for photographs), drawn anew for each batch")
@@ -103,10 +120,18 @@ class BalancingConfig:
         "loss", "knowledge sampling: which images of an excessive class stay", choices=("loss", "random", "none")
     )
     replay_period: int = option(5, "server rounds after which a client chooses its images anew; 0: never", low=0)
+    replay: str = option(
+        "rank",
+        "what a replay does: rank: choose all kept images again by loss; swap: exchange only the share replay-ratio of them",
+        choices=("rank", "swap"),
+    )
     replay_ratio: float = option(0.1, "gamma, the share of replayed images among the kept of a class", low=0.0, high=1.0)
     alignment: bool = option(True, "knowledge alignment: learn a vector per class that moves synthetic onto real features")
     drop: float = option(0.5, "knowledge drop: probability that a synthetic image loses its vector", low=0.0, high=1.0)
     embedding_learning_rate: float = option(0.05, "step size of the alignment vectors", low=0.0)
+    synthetic_weight: float = option(
+        1.0, "weight of a synthetic image in the training loss, beside 1 for a real one", low=0.0, high=1.0
+    )
     average_embeddings: bool = option(
         False, "let the server average the alignment vectors; which of them moved tells it what a client lacks"
     )
@@ -118,8 +143,8 @@ class GeneratorConfig:
 
     name: str = option(
         "diffusion",
-        "class-conditional 4-bit diffusion, a quantised Stable Diffusion, or real public images in their place",
-        choices=("diffusion", "text-to-image", "public-images"),
+        "class-conditional 4-bit diffusion, a quantised Stable Diffusion, real public images in their place, or repeats of a client's own",
+        choices=("diffusion", "text-to-image", "public-images", OWN_IMAGES),
     )
     path: str = option(
         "", "directory of a generator; empty: the one that comes with the data set; text-to-image always needs a directory"

@@ -9,8 +9,11 @@ from pathlib import Path
 from fbl_flower.config.machines import PrepareConfig, TransportConfig
 from fbl_flower.config.methods import (
     ClientsConfig,
+    FedDynConfig,
     FedGenConfig,
+    FedLCConfig,
     FedProxConfig,
+    LogitAdjustmentConfig,
     MethodConfig,
     MoonConfig,
     ScaffoldConfig,
@@ -19,6 +22,7 @@ from fbl_flower.config.methods import (
 from fbl_flower.config.options import option
 from fbl_flower.config.sections import (
     OWN,
+    OWN_IMAGES,
     PACKAGED,
     AggregationConfig,
     BalancingConfig,
@@ -28,6 +32,7 @@ from fbl_flower.config.sections import (
     TrainConfig,
     WarmStartConfig,
 )
+from fbl_flower.config.server import ServerConfig, ServerTuningConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +60,25 @@ class RunConfig:
     balancing: BalancingConfig = field(default_factory=BalancingConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    server_tuning: ServerTuningConfig = field(default_factory=ServerTuningConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     fedprox: FedProxConfig = field(default_factory=FedProxConfig)
     moon: MoonConfig = field(default_factory=MoonConfig)
     scaffold: ScaffoldConfig = field(default_factory=ScaffoldConfig)
     fedgen: FedGenConfig = field(default_factory=FedGenConfig)
+    logit_adjustment: LogitAdjustmentConfig = field(default_factory=LogitAdjustmentConfig)
+    fedlc: FedLCConfig = field(default_factory=FedLCConfig)
+    feddyn: FedDynConfig = field(default_factory=FedDynConfig)
     clients: ClientsConfig = field(default_factory=ClientsConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
+
+    @property
+    def server_generates(self) -> bool:
+        """Whether the server needs a generator."""
+        return self.warm_start.generates or self.server_tuning.generates
 
 
 def rounded_up(share: float, number: int) -> int:
@@ -95,6 +110,11 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
         found.append((("data.classes",), text))
     if d.channels == 2:
         found.append((("data.channels",), "data.channels: got 2; allowed: 0 | 1 | 3"))
+    if config.train.nesterov and not config.train.momentum:
+        text = "train.nesterov: true, but train.momentum is 0: there is no momentum to look ahead with"
+        found.append((("train.nesterov", "train.momentum"), text))
+    if config.model.width % 8:
+        found.append((("model.width",), f"model.width: got {config.model.width}; allowed: a multiple of 8"))
     if d.num_public >= 0 and d.num_validation > d.num_public:
         text = f"data.num-validation: got {d.num_validation}; it is a part of data.num-public, which is {d.num_public}"
         found.append((("data.num-validation", "data.num-public"), text))
@@ -106,6 +126,19 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
             f"balancing.filter: {b.filter!r} works at replays, on synthetic images: balancing.replay-period >= 1, and filling"
         )
         found.append((("balancing.filter", "balancing.replay-period", "balancing.filling"), text))
+    if g.name == OWN_IMAGES:
+        text = f"generator.name: {OWN_IMAGES!r} repeats a client's own images"
+        if b.filter != "none":
+            problem = f"{text}, and balancing.filter judges synthetic ones. Set balancing.filter = 'none'."
+            found.append((("generator.name", "balancing.filter"), problem))
+        if config.warm_start.generates:
+            problem = (
+                f"{text}; the server has none for its warm start. Choose another generator, or warm-start.images = 'public'."
+            )
+            found.append((("generator.name", "warm-start.enabled", "warm-start.images"), problem))
+        if config.server_tuning.generates:
+            problem = f"{text}; the server has none to tune on. Choose another generator, or server-tuning.part = 'none'."
+            found.append((("generator.name", "server-tuning.part"), problem))
     if config.warm_start.enabled and config.warm_start.images == "public" and config.warm_start.num_images:
         text = f"warm-start.num-images: got {config.warm_start.num_images}; warm-start.images = 'public' takes all of them: 0"
         found.append((("warm-start.num-images", "warm-start.images", "warm-start.enabled"), text))

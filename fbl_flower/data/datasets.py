@@ -1,9 +1,13 @@
-"""From a data set's name to its disjoint parts: test, public (training and validation), private."""
+"""From a data set's name to its disjoint parts: test, public (training and validation), private.
+
+What an image shows decides in which part it is: the same images in another order, or from other files, are cut in the same way in every
+run. So a generator trained on the public part of one copy of a data set is safe with any other copy. Equal images are in the same part.
+"""
 
 from __future__ import annotations
 
 import functools
-import hashlib
+import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -13,14 +17,14 @@ import torch
 from fbl_flower.config import DataConfig
 from fbl_flower.data.batches import antialiased
 from fbl_flower.data.examples import Examples
+from fbl_flower.data.identity import examples_sha256
 from fbl_flower.data.info import DATASETS, DataInfo
-from fbl_flower.data.sources import find_source, newest_change, read_source
+from fbl_flower.data.readers.source import Source
+from fbl_flower.data.sources import Keys, find_source, newest_change, read_source
 from fbl_flower.errors import ConfigError, DataError
-from fbl_flower.seeding import numpy_stream
 
 __all__ = ["DATASETS", "DataInfo", "DataParts", "forget_parts", "load_parts", "scored_part"]
 
-_SPLIT_SEED = 0  # the cut into parts is the same in every run: a generator trained on one's public part is safe in another
 _READ = ("name", "path", "classes", "image_size", "channels", "num_test", "num_public", "num_validation", "num_private")
 
 
@@ -34,6 +38,7 @@ class DataParts:
         public: Public images, without validation: they train the generator.
         validation: Public images kept for tuning.
         private: The clients' images, all together.
+        notes: What was left out when the images were read, a sentence each.
     """
 
     info: DataInfo
@@ -42,15 +47,20 @@ class DataParts:
     public: Examples
     validation: Examples
     private: Examples
+    notes: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def public_sha256(self) -> str:
         """Identify the public training images: a generator trained on others may have seen the test set."""
-        digest = hashlib.sha256()
-        for tensor in (self.public.images, self.public.labels):
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
+        return examples_sha256(self.public)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """Say what was read, as text for each part: a run goes on only where all of it is the same."""
+        parts = {"test": self.test, "public": self.public, "validation": self.validation, "private": self.private}
+        return {"classes": json.dumps(self.info.class_names)} | {
+            name: f"{len(part)} images, sha256 {examples_sha256(part)[:16]}" for name, part in parts.items()
+        }
 
 
 def load_parts(config: DataConfig) -> DataParts:
@@ -95,14 +105,48 @@ def scored_part(config: DataConfig, parts: DataParts) -> Examples:
 
 @functools.lru_cache(maxsize=2)
 def _load_parts(config: DataConfig, path: Path | None, stamp: int) -> DataParts:
-    info, source = read_source(config, path)
-    return _cut(config, info, source.train, source.test)
+    info, source, keys = read_source(config, path)
+    return _cut(config, info, source, keys)
 
 
-def _cut(config: DataConfig, info: DataInfo, pool: Examples, test: Examples | None) -> DataParts:
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """Images in the order in which parts take them.
+
+    Attributes:
+        index: int64 [N], into the images.
+        group: int64 [N], for each entry of `index`; equal images have the same and stand side by side.
+    """
+
+    index: np.ndarray
+    group: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def split(self, number: int) -> tuple[_Order, _Order]:
+        """Take `number` images, or a few less where only larger groups of equal images are left; and return the rest."""
+        taken = np.zeros(len(self), dtype=bool)
+        starts = np.flatnonzero(np.diff(self.group, prepend=-1))
+        sizes = np.diff(starts, append=len(self))
+        whole = int(np.searchsorted(np.cumsum(sizes), number, side="right"))  # groups that fit one after the other
+        left = number - int(sizes[:whole].sum())
+        taken[: number - left] = True
+        for start, size in zip(starts[whole:], sizes[whole:], strict=True):
+            if left == 0:
+                break
+            if size <= left:
+                taken[start : start + size] = True
+                left -= size
+        return self._where(taken), self._where(~taken)
+
+    def _where(self, mask: np.ndarray) -> _Order:
+        return _Order(index=self.index[mask], group=self.group[mask])
+
+
+def _cut(config: DataConfig, info: DataInfo, source: Source, keys: Keys) -> DataParts:
     size = config.image_size or info.image_size
-    pool = _resized(pool, size)
-    test = _resized(test, size) if test else None
+    pool, test, notes = source.train, source.test, source.notes
 
     def number(asked: int, default: int) -> int:
         return default if asked < 0 else asked
@@ -110,16 +154,20 @@ def _cut(config: DataConfig, info: DataInfo, pool: Examples, test: Examples | No
     num_test = number(config.num_test, info.num_test)
     num_public = number(config.num_public, info.num_public)
     num_validation = number(config.num_validation, min(info.num_validation, num_public))
-    in_order = _class_balanced_order if config.name in DATASETS else _proportional_order
-    order = in_order(pool.labels.numpy())
+    balanced = config.name in DATASETS
+    order = _ordered(pool.labels.numpy(), keys.train, class_balanced=balanced)
     problems = []
-    if test is None:
-        test = pool.take(order[:num_test])
-        order = order[num_test:]
+    if test is None or keys.test is None:
+        taken, order = order.split(num_test)
+        test = pool.take(torch.from_numpy(taken.index))
     else:
         if num_test > len(test):
             problems.append(f"data.num-test: got {num_test}; the test split of {config.name} has {len(test)} images")
-        test = test.take(in_order(test.labels.numpy())[:num_test])
+        copies = np.isin(keys.train, keys.test)[order.index]
+        if num_copies := int(copies.sum()):
+            order = _Order(index=order.index[~copies], group=order.group[~copies])
+            notes += (f"{num_copies} training images are copies of test images and are left out",)
+        test = test.take(torch.from_numpy(_ordered(test.labels.numpy(), keys.test, class_balanced=balanced).index[:num_test]))
     rest = len(order) - num_public
     num_private = number(config.num_private, max(0, min(rest, info.num_private)))
     if num_validation > num_public:
@@ -133,44 +181,51 @@ def _cut(config: DataConfig, info: DataInfo, pool: Examples, test: Examples | No
         )
     if problems:
         raise ConfigError(problems)
-    public = order[: num_public - num_validation]
-    validation = order[num_public - num_validation : num_public]
+    public, order = order.split(num_public - num_validation)
+    validation, order = order.split(num_validation)
+    private, _ = order.split(num_private)
+
+    def images(part: _Order) -> Examples:
+        return _resized(pool.take(torch.from_numpy(part.index)), size)
+
     return DataParts(
         info=info,
         image_size=size,
-        test=test,
-        public=pool.take(public),
-        validation=pool.take(validation),
-        private=pool.take(order[num_public : num_public + num_private]),
+        test=_resized(test, size),
+        public=images(public),
+        validation=images(validation),
+        private=images(private),
+        notes=notes,
     )
 
 
-def _class_balanced_order(labels: np.ndarray) -> torch.Tensor:
-    """Shuffle so that every stretch of the order holds the classes about equally often."""
-    return torch.from_numpy(np.lexsort((labels, _rank_in_class(labels))))
+def _ordered(labels: np.ndarray, keys: np.ndarray, *, class_balanced: bool) -> _Order:
+    """Order images by what they show, so that every stretch of the order has its share of every class.
 
-
-def _proportional_order(labels: np.ndarray) -> torch.Tensor:
-    """Shuffle so that every stretch of the order holds the classes about as often as all of it, a small class too, if it has images enough.
-
-    A stretch of the share s may lack a class of fewer than about 1 / s images. Of classes of the same size, chance says which comes first.
+    Args:
+        labels: int64 [N].
+        keys: uint64 [N], of the pixels. Equal images count once, under the smallest of their labels.
+        class_balanced: Every stretch holds the classes about equally often; else about as often as all of it, a small class too, if it
+            has images enough: a stretch of the share s may lack a class of fewer than about 1 / s images.
     """
-    place = (_rank_in_class(labels) + 0.5) / np.bincount(labels)[labels]
-    ties = numpy_stream(_SPLIT_SEED, "split", "ties").permutation(len(labels))
-    return torch.from_numpy(np.lexsort((ties, place)))
-
-
-def _rank_in_class(labels: np.ndarray) -> np.ndarray:
-    """Number each class's images, 0, 1, ..., in a random order."""
-    shuffled = numpy_stream(_SPLIT_SEED, "split").permutation(len(labels))
-    rank = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        of_class = shuffled[labels[shuffled] == label]
+    unique, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    label = labels[first].copy()
+    np.minimum.at(label, group, labels)
+    rank = np.empty(len(unique), dtype=np.int64)  # in the class, by key, which is as good as a random order
+    for one in np.unique(label):
+        of_class = np.flatnonzero(label == one)
         rank[of_class] = np.arange(len(of_class))
-    return rank
+    share_before = (rank + 0.5) / np.bincount(label)[label]
+    position = np.lexsort((label, rank) if class_balanced else (unique, share_before))
+    place = np.empty(len(unique), dtype=np.int64)
+    place[position] = np.arange(len(unique))
+    index = np.lexsort((labels, place[group]))
+    return _Order(index=index, group=place[group][index])
 
 
 def _resized(examples: Examples, size: int) -> Examples:
+    if len(examples) == 0:
+        return replace(examples, images=examples.images.new_zeros(0, examples.images.shape[1], size, size))
     if examples.images.shape[-1] == size:
         return examples
     pieces = examples.images.split(4096)  # as floats, a large data set may not fit

@@ -66,7 +66,7 @@ DATASETS = {
         ),
         DataInfo(
             name="cifar10", class_names=_CIFAR10, channels=3, image_size=32, shift=4, flip=True,
-            num_test=10_000, num_public=10_000, num_validation=1_000, num_private=40_000,
+            num_test=10_000, num_public=5_000, num_validation=500, num_private=45_000,
         ),
         DataInfo(
             name="cifar100", class_names=tuple(_CIFAR100.split()), channels=3, image_size=32, shift=4, flip=True,

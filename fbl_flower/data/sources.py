@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fbl_flower.config import DataConfig
 from fbl_flower.data.examples import Examples
+from fbl_flower.data.identity import pixel_keys
 from fbl_flower.data.info import DATASETS, DataInfo, sized_by_share
 from fbl_flower.data.readers.download import default_path
 from fbl_flower.data.readers.folders import read_folder, read_tiny_imagenet
@@ -76,7 +78,15 @@ def newest_change(path: Path) -> int:
     return hash(tuple(stamps))
 
 
-def read_source(config: DataConfig, path: Path | None) -> tuple[DataInfo, Source]:
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """Keys of the pixels of each image as it was read, before channels and size were changed: uint64 [N]."""
+
+    train: np.ndarray
+    test: np.ndarray | None
+
+
+def read_source(config: DataConfig, path: Path | None) -> tuple[DataInfo, Source, Keys]:
     """Read the data set, in the channels asked for.
 
     Args:
@@ -84,12 +94,13 @@ def read_source(config: DataConfig, path: Path | None) -> tuple[DataInfo, Source
         path: What `find_source` returned.
 
     Returns:
-        What is known of the data set, with default sizes of its parts, and its images.
+        What is known of the data set, with default sizes of its parts, its images, and their keys.
 
     Raises:
         DataError: A file is missing or damaged, or holds a label outside the classes.
     """
     source = _read(config, path, image_format(config))
+    keys = Keys(train=pixel_keys(source.train.images), test=pixel_keys(source.test.images) if source.test else None)
     if config.channels:
         source = replace(source, train=_in_channels(source.train, config.channels))
         source = replace(source, test=_in_channels(source.test, config.channels) if source.test else None)
@@ -99,10 +110,10 @@ def read_source(config: DataConfig, path: Path | None) -> tuple[DataInfo, Source
     else:
         info = own_info(config.name, source.class_names, channels=channels, image_size=size)
     if config.name in ("mnist5k", "digits", "cifar10", "cifar100", "fashion-mnist"):
-        return info, source
+        return info, source, keys
     num_test = len(source.test) if source.test else 0
     test_share = 0.1 if config.name == "eurosat" else 0.2
-    return sized_by_share(info, num_train=len(source.train), num_test=num_test, test_share=test_share), source
+    return sized_by_share(info, num_train=len(source.train), num_test=num_test, test_share=test_share), source, keys
 
 
 def image_format(config: DataConfig) -> ImageFormat:

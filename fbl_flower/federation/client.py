@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
@@ -27,9 +29,10 @@ from fbl_flower.params import all_finite
 from fbl_flower.roundstore import Record, RoundStore
 from fbl_flower.training.filtering import filter_row
 from fbl_flower.training.prepare import ClientData, prepare_client
-from fbl_flower.training.readiness import Readiness, explained
+from fbl_flower.training.readiness import Readiness, check_unchanged, explained
 from fbl_flower.training.roles import Role, role_of, settings_of
 from fbl_flower.training.round import run_local_round
+from fbl_flower.training.schedule import scheduled
 
 app = ClientApp()
 _log = logging.getLogger("fbl_flower.client")  # not Flower's logger, whose lines may reach the server
@@ -54,20 +57,23 @@ def _discreet(handler: Handler) -> Handler:
         try:
             return handler(message, context)
         except Exception as error:
-            log_file, details = _state_dir(context) / "client-errors.log", ""
-            try:
-                log_file.parent.mkdir(parents=True, exist_ok=True)
-                with log_file.open("a") as file:
-                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {traceback.format_exc()}\n")
-                details = f"; the client's {log_file} has the details"
-            except OSError:
-                pass  # a full or read-only disk must not hide the reason from the server
             reason = error.public if isinstance(error, FBLError) else type(error).__name__
             if isinstance(error, OSError) and error.strerror:
                 reason += f" ({error.strerror})"  # such as a full disk; never its path
-            return Message(Error(CLIENT_FAILED, reason + details), reply_to=message)
+            # A full or read-only disk, or a name that is not UTF-8, must not hide the reason from the server.
+            with contextlib.suppress(Exception):
+                reason += _noted(_state_dir(context) / "client-errors.log", traceback.format_exc())
+            return Message(Error(CLIENT_FAILED, reason), reply_to=message)
 
     return guarded
+
+
+def _noted(log_file: Path, text: str) -> str:
+    """Add `text` to a file on the client, and return where it is."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    return f"; the client's {log_file} has the details".encode(errors="backslashreplace").decode()
 
 
 @app.query("describe")
@@ -99,11 +105,11 @@ def train(message: Message, context: Context) -> Message:
     role, state_dir = _role(config, request.client, context), _state_dir(context)
     data = _client_data(config, request, context, role.capability)
     _tell_what_is_sent(request.client, role.method)
-    config = settings_of(config, role)
+    config = scheduled(settings_of(config, role), request.server_round)
     store = StateStore(state_folder(state_dir, request.run, request.client))
-    state = store.load(before_round=request.server_round)
     method_store = _method_store(store.folder / role.method)
-    # Of the last round whose result the server has: what came of a lost reply is no part of the server's own state.
+    # Both as after the last round whose result the server has: what came of a lost reply is no part of the server's own state.
+    state = store.load(before_round=request.last_round + 1)
     method_state = method_store.load(before_round=request.last_round + 1)
     result = run_local_round(
         request.arrays,
@@ -128,12 +134,15 @@ def train(message: Message, context: Context) -> Message:
         method_store.save(finished.state, server_round=request.server_round, checkpoint_round=request.checkpoint_round)
     if finite and result.state is not None:
         store.save(result.state, server_round=request.server_round, checkpoint_round=request.checkpoint_round)
+        note = functools.partial(_note, store.folder, request.server_round)  # for the client's own eyes
         if config.balancing.alignment:
-            with (store.folder / "alignment.jsonl").open("a") as file:  # for the client's own eyes
-                file.write(json.dumps({"round": request.server_round} | result.state.alignment_row()) + "\n")
-        if result.state.kept_fill is not None and result.state.chosen_in == request.server_round:
-            with (store.folder / "filter.jsonl").open("a") as file:
-                file.write(json.dumps({"round": request.server_round} | filter_row(data, result.state.kept_fill)) + "\n")
+            note("alignment.jsonl", result.state.alignment_row())
+        if result.choice is not None:
+            note("choices.jsonl", result.choice)
+            if config.balancing.replay_ratio and result.choice["kept_again"] and not result.choice["replayed"]:
+                _log.warning("client %d: this replay brought no image back; its kept set is small", request.client)
+            if result.state.kept_fill is not None:
+                note("filter.jsonl", filter_row(data, result.state.kept_fill))
     shares = config.balancing.average_embeddings and result.state is not None
     reply = Reply(
         arrays=shrink(result.arrays, request.arrays, precision=config.transport.precision),
@@ -148,6 +157,12 @@ def train(message: Message, context: Context) -> Message:
         extras={role.method: finished.sent} if finished.sent else {},
     )
     return Message(reply.to_record(), reply_to=message)
+
+
+def _note(folder: Path, server_round: int, name: str, row: Mapping[str, Any]) -> None:
+    """Add a line of JSON on a round to a file of the client's state."""
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"round": server_round} | dict(row), allow_nan=False) + "\n")
 
 
 def _config(context: Context) -> RunConfig:
@@ -221,6 +236,7 @@ def _client_data(config: RunConfig, request: Request, context: Context, capabili
     may_generate = not (config.generator.time_budget and spent.exists())
     own_folder = _own_folder(config, context)
     data = _prepared(config, request.client, _state_dir(context), own_folder, capability, may_generate)
+    check_unchanged(spent.with_name("images.json"), data)
     if data.unfilled > 0 and may_generate:
         spent.parent.mkdir(parents=True, exist_ok=True)
         spent.write_text(f"{data.unfilled:.4f} of the synthetic images are missing: generator.time-budget ran out\n")

@@ -49,7 +49,7 @@ def run_local(run_config: Mapping[str, Value] | RunConfig, *, workers: int = 1, 
     with LocalGrid(client.app, num_nodes=num_nodes or config.num_clients, run_config=flat, workers=workers) as grid:
         server.app(grid, context)
     run_dir = Path(str(context.state.config_records["run"]["directory"]))
-    return Outcome(run_dir=run_dir, summary=json.loads((run_dir / "summary.json").read_text()))
+    return Outcome(run_dir=run_dir, summary=json.loads((run_dir / "summary.json").read_text(encoding="utf-8")))
 
 
 class LocalGrid(Grid):

@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord
 from flwr.common.logger import log
 
 from fbl_flower.config import RunConfig
+from fbl_flower.config.methods import METHODS
 from fbl_flower.federation.roster import Roster
 from fbl_flower.federation.wire import Reply, array_record
 from fbl_flower.methods.server import ServerState, Update
@@ -41,8 +42,8 @@ def announce(roles: Mapping[int, Role], *, balancing: bool) -> None:
 
 
 def packed_state(state: ServerState) -> dict[str, dict[str, ArrayRecord]]:
-    """Pack what goes to the clients of each method, once for all of them."""
-    return {method: {method: array_record(arrays)} for method, arrays in state.items()}
+    """Pack what goes to the clients of each method, once for all of them; what is the server's own is left out."""
+    return {method: {method: array_record(arrays)} for method, arrays in state.items() if method in METHODS}
 
 
 def update_of(reply: Reply, role: Role) -> Update:

@@ -9,14 +9,14 @@ from typing import TypeVar
 
 from flwr.common.logger import log
 
-from fbl_flower.config import RunConfig
+from fbl_flower.config import OWN_IMAGES, RunConfig
 from fbl_flower.data.corruption import believed_labels
 from fbl_flower.data.datasets import load_parts, scored_part
 from fbl_flower.data.partition import partition
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, DataError, FBLError, GeneratorError
 from fbl_flower.generation.loading import check_generator, check_generator_files
-from fbl_flower.models import check_model
+from fbl_flower.models import check_model, fitted
 from fbl_flower.training.central import public_examples
 from fbl_flower.training.roles import drawn_roles
 
@@ -31,7 +31,7 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
     Args:
         config: The run's.
         clients_here: The clients share this machine. Where they have their own, each checks its generator itself, and one that is
-            not here is no more than a warning, unless the server is to generate (`warm-start`).
+            not here is no more than a warning, unless the server is to generate (`warm-start`, `server-tuning`).
 
     Raises:
         DataError: A file is missing or damaged.
@@ -54,14 +54,17 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
         attempt(partial(scored_part, config.data, parts))
         if config.warm_start.enabled and config.warm_start.images == "public":
             attempt(partial(public_examples, parts))
-        attempt(partial(check_model, config.model, image_size=parts.image_size))
-    attempt(lambda: pick_device(config))
+    device = attempt(lambda: pick_device(config))
+    if parts is not None and device is not None:
+        network = fitted(config.model, image_size=parts.image_size, device=device)
+        attempt(partial(check_model, network, image_size=parts.image_size))
     somebody_fills = any(role.capability != "none" for role in drawn_roles(config))
-    needed = (config.balancing.enabled and config.balancing.filling and somebody_fills) or config.warm_start.generates
+    fills = config.balancing.enabled and config.balancing.filling and config.generator.name != OWN_IMAGES
+    needed = (fills and somebody_fills) or config.server_generates
     generator_problems: list[str] = []
     if needed:
         generator_problems = check_generator(config, parts) if parts is not None else check_generator_files(config)
-    if generator_problems and not (clients_here or config.warm_start.generates):
+    if generator_problems and not (clients_here or config.server_generates):
         log(WARNING, "Not on this machine, and needed on each node that generates: %s", "; ".join(generator_problems))
         generator_problems = []
     settings = [problem for error in found if isinstance(error, ConfigError) for problem in error.problems]

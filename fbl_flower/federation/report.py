@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from fbl_flower.balancing.state import BalancingState, StateStore
-from fbl_flower.config import RunConfig
+from fbl_flower.config import OWN_IMAGES, RunConfig
 from fbl_flower.data.corruption import private_examples
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import Examples, concatenate
@@ -42,24 +43,47 @@ def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays, *, simula
     state_dir = Path(config.state_dir).expanduser()
     if not simulated or not state_folder(state_dir, run.identity, 0).parent.is_dir():
         return
+    folders = [state_folder(state_dir, run.identity, k) for k in range(config.num_clients)]
+    if config.balancing.enabled:
+        run.write_json("choices.json", choices_by_round(folders))
     parts = load_parts(config.data)
     names = parts.info.class_names
     clients = [
         prepare_client(config, k, cache_folder=state_dir / "cache", may_generate=False) for k in range(config.num_clients)
     ]
-    states = [_newest_state(state_folder(state_dir, run.identity, k)) for k in range(config.num_clients)]
+    states = [_newest_state(folder) for folder in folders]
     clients = [filtered(c, None if s is None else s.kept_fill, seed=config.seed) for c, s in zip(clients, states, strict=True)]
     filled = np.stack([c.fill.counts(len(names)).numpy() for c in clients])
     before = np.stack([c.real.counts(len(names)).numpy() for c in clients])
     kept = np.stack([c.plan.keep if c.plan else b for c, b in zip(clients, before, strict=True)])
-    class_counts(before, kept, filled, names, run.path / "class_counts.png")
     synthetic = concatenate(*(c.fill for c in clients))
-    if len(synthetic) == 0:
+    kind = "repeated" if config.generator.name == OWN_IMAGES else "synthetic"
+    class_counts(before, kept, filled, names, run.path / "class_counts.png", kind=kind)
+    if not synthetic.synthetic.any():  # none, or repeats of own images
         return
     everyone = private_examples(config, parts, torch.arange(len(parts.private)))
     gallery(everyone, synthetic, names, run.path / "gallery.png")
     if config.balancing.alignment:
         _write_alignment(run, config, parts, arrays, clients, states)
+
+
+def choices_by_round(folders: list[Path]) -> list[dict[str, int]]:
+    """Sum what the clients noted of their choices of real images, for each round in which one was made after a client's first.
+
+    Of the images kept in classes that were cut down: how many the choice before had kept too, and how many the replay brought back.
+    A reply that was lost may have left a line; of several of one round the last counts.
+    """
+    rows: dict[int, dict[str, int]] = {}
+    for folder in folders:
+        file = folder / "choices.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        for row in {row["round"]: row for row in map(json.loads, lines)}.values():
+            if row["kept_again"] is not None:
+                total = rows.setdefault(row["round"], {"clients": 0, "kept": 0, "kept_again": 0, "replayed": 0})
+                total["clients"] += 1
+                for name in ("kept", "kept_again", "replayed"):
+                    total[name] += row[name]
+    return [{"round": server_round} | rows[server_round] for server_round in sorted(rows)]
 
 
 def _newest_state(folder: Path) -> BalancingState | None:
@@ -91,7 +115,7 @@ def _write_alignment(
     real = private_examples(config, parts, torch.arange(min(len(parts.private), _MOST_IMAGES)))
 
     def features(examples: Examples) -> np.ndarray:
-        return predict(model, examples.images.to(device), precision=config.train.precision)[0].cpu().numpy()
+        return predict(model, examples.images.to(device))[0].cpu().numpy()
 
     rows = alignment_picture(
         features(real), real.labels.numpy(), features(synthetic), synthetic.labels.numpy(), offsets.numpy(),

@@ -27,15 +27,17 @@ from fbl_flower.errors import FBLError, RunFailed
 from fbl_flower.federation.attendance import Attendance
 from fbl_flower.federation.cost import Traffic, payload_bytes
 from fbl_flower.federation.exchange import ask, is_simulated
+from fbl_flower.federation.global_model import next_point, server_in_words, with_average
 from fbl_flower.federation.method_rounds import announce, packed_state, roles_of, update_of
 from fbl_flower.federation.preflight import preflight
 from fbl_flower.federation.report import write_report
 from fbl_flower.federation.roster import Roster, call_roll
 from fbl_flower.federation.transport import restore
 from fbl_flower.federation.wire import PREPARE, TRAIN, Reply, Request, array_record
-from fbl_flower.methods.server import lacks_arrays, model_to_average, next_state, with_clients
-from fbl_flower.models import empty_classifier, new_classifier
-from fbl_flower.params import Arrays, all_finite, to_arrays, weighted_mean
+from fbl_flower.methods.server import lacks_arrays, with_clients
+from fbl_flower.methods.server_step import AVERAGE
+from fbl_flower.models import as_received, empty_classifier, fitted, new_classifier
+from fbl_flower.params import Arrays, all_finite, to_arrays
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 from fbl_flower.reporting.unfinished import open_run
 from fbl_flower.seeding import numpy_stream
@@ -43,8 +45,10 @@ from fbl_flower.training.central import warm_start_model
 from fbl_flower.training.evaluation import Evaluation, evaluate
 from fbl_flower.training.roles import Role
 from fbl_flower.training.round import load_classifier
+from fbl_flower.training.server_tuning import tune
 
 app = ServerApp()
+_SCORES = ("accuracy", "loss", "averaged_accuracy", "averaged_loss", "untuned_accuracy", "untuned_loss")
 
 
 @app.main()
@@ -81,6 +85,7 @@ class _Round:
     failures: dict[int, str]
     traffic: Traffic
     seconds: float
+    tuning_seconds: float = 0.0
 
 
 class _Federation:
@@ -96,17 +101,28 @@ class _Federation:
     def run(self, start: Checkpoint | None) -> None:
         config = self.config
         started = time.perf_counter()
+        for note in self.parts.notes:
+            log(WARNING, "data: %s", note)
+        if start is not None:
+            start.check_data(self.parts.identity)
+            log(INFO, "Round %d: %s", start.server_round + 1, self.run_dir.restart)
         if config.balancing.enabled and config.balancing.average_embeddings:
             log(WARNING, "balancing.average-embeddings: vectors that moved tell the server which classes a client fills")
         roster = call_roll(self.grid, num_clients=config.num_clients, timeout=config.prepare.timeout)
         self.roles = roles_of(config, roster)
         announce(self.roles, balancing=config.balancing.enabled)
+        if extras := server_in_words(config):
+            log(INFO, "Server: %s", extras)
         self.attendance = Attendance(self.grid, self.run_dir, roster)
         self._prepare(roster)
         prepare_seconds = time.perf_counter() - started
-        earlier = sum(row["clients_seconds"] + row["evaluate_seconds"] for row in self.run_dir.read_rows("timings.jsonl"))
+        earlier = sum(
+            row["clients_seconds"] + row.get("tuning_seconds", 0) + row["evaluate_seconds"]
+            for row in self.run_dir.read_rows("timings.jsonl")
+        )
         point = start or self._first_point(started)
-        checkpoint_round = point.server_round
+        self.network = as_received(config.model, point.arrays)
+        checkpoint_round, tuned = point.server_round, None
         for row in self.run_dir.read_rows("metrics.jsonl"):
             self.last_round |= dict.fromkeys(row.get("clients", ()), row["round"])
         for server_round in range(point.server_round + 1, config.num_server_rounds + 1):
@@ -116,12 +132,18 @@ class _Federation:
                 announce(self.roles, balancing=config.balancing.enabled)  # a node came late, with a method that nobody had
             point = self._with_method_state(point)
             result = self._train(point, server_round, checkpoint_round)
-            point = self._aggregate(result, point, server_round)
-            self._record(result, point)
+            untuned = next_point(
+                point, result.replies, self.roles, config=config, server_round=server_round, parameters=self._parameters
+            )
+            tuned, tuning_seconds = self._tune(untuned)
+            point = with_average(replace(untuned, arrays=tuned) if tuned and config.server_tuning.every else untuned, config)
+            self._record(replace(result, tuning_seconds=tuning_seconds), point, tuned=tuned, untuned=untuned.arrays)
             if server_round % config.checkpoint_every == 0 or server_round == config.num_server_rounds:
-                self.run_dir.write_checkpoint(point)
+                self._write_checkpoint(point)
                 checkpoint_round = server_round
-        self._finish(point, prepare_seconds, earlier + time.perf_counter() - started)
+        if tuned is None and not config.server_tuning.every:
+            tuned, _ = self._tune(point)  # resumed after its last round
+        self._finish(point, tuned or point.arrays, prepare_seconds, earlier + time.perf_counter() - started)
 
     def _prepare(self, roster: Roster) -> None:
         """Ask every client to check its machine and get its data ready, and name those that could not."""
@@ -158,23 +180,28 @@ class _Federation:
             log(INFO, "Warm start: training the initial model on %s images", config.warm_start.images)
             model = warm_start_model(config)
         else:
-            model = new_classifier(config.model, channels=info.channels, num_classes=info.num_classes, seed=config.seed)
+            network = fitted(config.model, image_size=self.parts.image_size, device=self.device)
+            model = new_classifier(network, channels=info.channels, num_classes=info.num_classes, seed=config.seed)
         embeddings = None
         if config.balancing.enabled and config.balancing.average_embeddings:
             embeddings = np.zeros((info.num_classes, model.width), dtype=np.float32)
         point = Checkpoint(server_round=0, arrays=to_arrays(model.state_dict()), embeddings=embeddings)
+        point = with_average(point, config)
         traffic, seconds = Traffic(sent={}, received={}, elapsed={}), time.perf_counter() - started
         self._record(_Round(replies={}, failures={}, traffic=traffic, seconds=seconds), point)
-        self.run_dir.write_checkpoint(point)
+        self._write_checkpoint(point)
         return point
 
-    def _with_method_state(self, point: Checkpoint) -> Checkpoint:
-        def parameters() -> Iterator[tuple[str, torch.nn.Parameter]]:
-            info = self.parts.info
-            return empty_classifier(self.config.model, channels=info.channels, num_classes=info.num_classes).named_parameters()
+    def _write_checkpoint(self, point: Checkpoint) -> None:
+        self.run_dir.write_checkpoint(replace(point, data=self.parts.identity))
 
+    def _with_method_state(self, point: Checkpoint) -> Checkpoint:
         methods = [role.method for role in self.roles.values()]
-        return replace(point, method_state=with_clients(point.method_state, methods, parameters))
+        return replace(point, method_state=with_clients(point.method_state, methods, self._parameters))
+
+    def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        info = self.parts.info
+        return empty_classifier(self.network, channels=info.channels, num_classes=info.num_classes).named_parameters()
 
     def _train(self, point: Checkpoint, server_round: int, checkpoint_round: int) -> _Round:
         started = time.perf_counter()
@@ -240,40 +267,44 @@ class _Federation:
         vectors = {} if reply.embeddings is None else {"P": reply.embeddings}
         reply = replace(reply, arrays=restore(reply.arrays, point.arrays, precision=self.config.transport.precision))
         update = update_of(reply, self.roles[client])
-        if not (all(map(all_finite, (reply.arrays, vectors, update.extra))) and math.isfinite(reply.loss)):
+        numbers = math.isfinite(reply.loss) and math.isfinite(reply.seconds)
+        if not (numbers and all(map(all_finite, (reply.arrays, vectors, update.extra)))):
             return "its model or its loss is not finite"
         if lacks_arrays(update, point.method_state):
             return f"it did not send the arrays of its method, {update.method}"
         return reply
 
-    def _aggregate(self, result: _Round, point: Checkpoint, server_round: int) -> Checkpoint:
-        """FedAvg: the mean of the clients' models, as `aggregation.weight-by` says. Clients without images weigh nothing."""
-        replies = list(result.replies.values())
-        by = self.config.aggregation.weight_by
-        sizes = [r.num_real if by == "real" else r.num_examples for r in replies]
-        weights = [float(size > 0 if by == "equal" else size) for size in sizes]
-        if sum(weights) == 0:  # only clients without images: nothing was learned
-            return replace(point, server_round=server_round)
-        embeddings = point.embeddings
-        shared = [(r.embeddings, w) for r, w in zip(replies, weights, strict=True) if r.embeddings is not None and w > 0]
-        if embeddings is not None and shared:
-            embeddings = weighted_mean([{"P": e} for e, _ in shared], [w for _, w in shared])["P"]
-        updates = [update_of(reply, self.roles[client]) for client, reply in result.replies.items()]
-        arrays = weighted_mean([model_to_average(u, point.arrays, self.config) for u in updates], weights)
-        method_state = next_state(point.method_state, updates, config=self.config, server_round=server_round)
-        return Checkpoint(server_round=server_round, arrays=arrays, embeddings=embeddings, method_state=method_state)
+    def _tune(self, point: Checkpoint) -> tuple[Arrays | None, float]:
+        """Return the tuned model, or None in a round that has none, and the seconds that it took."""
+        started, config = time.perf_counter(), self.config
+        if not config.server_tuning.due(point.server_round, last=config.num_server_rounds):
+            return None, 0.0
+        return tune(point.arrays, config, self.parts, server_round=point.server_round), time.perf_counter() - started
 
-    def _record(self, result: _Round, point: Checkpoint) -> None:
-        """Evaluate on the whole test set (or validation part), and write one line of metrics and one of timings."""
+    def _record(self, result: _Round, point: Checkpoint, *, tuned: Arrays | None = None, untuned: Arrays | None = None) -> None:
+        """Evaluate on the whole test set (or validation part), and write one line of metrics and one of timings.
+
+        `accuracy` is of the tuned model where there is one, else of the point's.
+        """
         started = time.perf_counter()
-        evaluation = self._evaluate(point.arrays)
+        evaluation = self._evaluate(tuned or point.arrays)
+        kept = [point.arrays, *point.method_state.values(), {} if point.embeddings is None else {"P": point.embeddings}]
+        if not (math.isfinite(evaluation.loss) and all(map(all_finite, kept))):
+            raise RunFailed(
+                f"round {point.server_round}: the new global model, its loss, or what the server keeps for a method is not finite: the "
+                "training has diverged. Lower train.learning-rate (or the server's)."
+            )
         replies = result.replies.values()
         num_examples = sum(r.num_examples for r in replies)
         row: dict[str, Any] = {"round": point.server_round, "accuracy": evaluation.accuracy, "loss": evaluation.loss}
+        if AVERAGE in point.method_state:
+            row |= _scores("averaged", self._evaluate(point.method_state[AVERAGE]))
+        if tuned is not None and untuned is not None:
+            row |= _scores("untuned", self._evaluate(untuned))
         line = f"Round {point.server_round}/{self.config.num_server_rounds}: accuracy {100 * evaluation.accuracy:.2f} %"
         if replies:
             row |= {
-                "train_loss": sum(r.loss * r.num_examples for r in replies) / max(num_examples, 1),
+                "train_loss": sum(r.loss * r.num_examples for r in replies) / num_examples if num_examples else None,
                 "num_examples": num_examples,
                 "num_real": sum(r.num_real for r in replies),
                 "clients": list(result.replies),
@@ -281,7 +312,8 @@ class _Federation:
                 "bytes_to_clients": sum(result.traffic.sent.values()),
                 "bytes_from_clients": sum(result.traffic.received.values()),
             }
-            line += f", training loss {row['train_loss']:.3f}, {len(replies)} clients, {result.seconds:.1f} s"
+            loss = f"training loss {row['train_loss']:.3f}" if num_examples else "no client of this round has an image"
+            line += f", {loss}, {len(replies)} clients, {result.seconds:.1f} s"
         self.run_dir.append("metrics.jsonl", row)
         computing = {client: reply.seconds for client, reply in result.replies.items()}
         self.run_dir.append(
@@ -289,6 +321,7 @@ class _Federation:
             {
                 "round": point.server_round,
                 "clients_seconds": result.seconds,
+                "tuning_seconds": result.tuning_seconds,
                 "evaluate_seconds": time.perf_counter() - started,
                 "client_seconds": computing,
                 "waiting_seconds": result.traffic.waiting(computing),
@@ -302,10 +335,12 @@ class _Federation:
         info = self.parts.info
         model = load_classifier(arrays, self.config, channels=info.channels, num_classes=info.num_classes, device=self.device)
         images = scored_part(self.config.data, self.parts).to(self.device)
-        return evaluate(model, images, precision=self.config.train.precision)
+        return evaluate(model, images)
 
-    def _finish(self, point: Checkpoint, prepare_seconds: float, seconds: float) -> None:
-        self.run_dir.write_model(point.arrays)
+    def _finish(self, point: Checkpoint, model: Arrays, prepare_seconds: float, seconds: float) -> None:
+        self.run_dir.write_model(model)
+        if AVERAGE in point.method_state:
+            self.run_dir.write_model(point.method_state[AVERAGE], "averaged.safetensors")
         rows = self.run_dir.read_rows("metrics.jsonl")
         left_out = {str(row["round"]): row["left_out"] for row in rows if row.get("left_out")}
         self.run_dir.write_json(
@@ -314,8 +349,7 @@ class _Federation:
                 "status": "completed",
                 "rounds": point.server_round,
                 "evaluated_on": self.config.data.evaluate_on,
-                "final_accuracy": rows[-1]["accuracy"],
-                "final_loss": rows[-1]["loss"],
+                **{f"final_{name}": rows[-1][name] for name in _SCORES if name in rows[-1]},
                 "not_prepared": self.attendance.not_prepared,
                 "left_out": left_out,
                 "seconds_to_prepare": prepare_seconds,
@@ -324,7 +358,7 @@ class _Federation:
         )
         try:
             if self.config.pictures:
-                write_report(self.run_dir, self.config, point.arrays, simulated=is_simulated(self.grid))
+                write_report(self.run_dir, self.config, model, simulated=is_simulated(self.grid))
         except Exception as error:  # the run itself is whole
             log(WARNING, "Not every picture could be drawn: %s", error)
         scored = len(scored_part(self.config.data, self.parts))
@@ -332,6 +366,10 @@ class _Federation:
         if left_out or self.attendance.not_prepared:
             log(WARNING, "Clients failed in this run; summary.json names them")
         log(INFO, "Run directory: %s", self.run_dir.path)
+
+
+def _scores(kind: str, evaluation: Evaluation) -> dict[str, float]:
+    return {f"{kind}_accuracy": evaluation.accuracy, f"{kind}_loss": evaluation.loss}
 
 
 def choose_clients(

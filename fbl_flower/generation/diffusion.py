@@ -22,6 +22,7 @@ from fbl_flower.generation.network import build_network, patch_of, read_network_
 from fbl_flower.generation.protocol import check_request
 from fbl_flower.generation.quantization import dequantize_, load_quantized
 from fbl_flower.generation.recipe import GeneratorInfo, check_files, read_info
+from fbl_flower.seeding import torch_generator
 
 _LOADING = threading.Lock()  # accelerate patches nn.Module while a network is laid out: one at a time
 # second order and multistep: four to eight evaluations of the network suffice (Lu et al., arXiv 2211.01095)
@@ -177,7 +178,7 @@ def sample(
 
     patch = patch_of(image_size)
     shape = (channels * patch**2, image_size // patch, image_size // patch)
-    x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    x = torch.stack([torch.randn(shape, generator=torch_generator(seed)) for seed in seeds]).to(device)
     classes = torch.tensor(labels, device=device)
     none = torch.full_like(classes, num_classes)
     with np.errstate(divide="ignore"):  # its first noise level is infinite, on purpose

@@ -6,7 +6,7 @@ import importlib.resources
 import math
 from pathlib import Path
 
-from fbl_flower.config import RunConfig
+from fbl_flower.config import OWN_IMAGES, RunConfig
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.device import pick_device
 from fbl_flower.errors import GeneratorError
@@ -55,6 +55,8 @@ def check_generator(config: RunConfig, parts: DataParts) -> list[str]:
 
 
 def _problems(config: RunConfig, parts: DataParts) -> list[str]:
+    if config.generator.name == OWN_IMAGES:
+        return [f"generator.name: {OWN_IMAGES!r} repeats a client's own images and makes none. Choose another generator."]
     if config.generator.name == "public-images":
         counts = parts.public.counts(parts.info.num_classes).tolist()
         lacking = [name for name, count in zip(parts.info.class_names, counts, strict=True) if not count]
@@ -109,7 +111,7 @@ def _problems(config: RunConfig, parts: DataParts) -> list[str]:
 def check_generator_files(config: RunConfig) -> list[str]:
     """Say what is wrong with the folder of `generator.path` itself: all that can be told where the data set cannot be read."""
     chosen = config.generator
-    if not chosen.path or chosen.name == "public-images":
+    if not chosen.path or chosen.name in ("public-images", OWN_IMAGES):
         return []
     folder = Path(chosen.path).expanduser()
     try:

@@ -26,7 +26,7 @@ from fbl_flower.generation.protocol import check_request
 from fbl_flower.generation.quantization import dequantize_
 from fbl_flower.generation.schedulers import check_steps, make_scheduler, read_scheduler
 from fbl_flower.generation.text_to_image_recipe import WAY_OUT, PipelineInfo, check_pipeline_files, read_pipeline_info
-from fbl_flower.seeding import derive
+from fbl_flower.seeding import derive, torch_generator
 
 _SMALL = 50_000_000  # weights up to which a float twin is worth its memory: it is faster on a CPU
 _BLANK = 2 / 255  # an image whose channels all vary less than this, in 0 .. 1, shows nothing
@@ -224,7 +224,7 @@ class TextToImageGenerator:
         texts = [self._target.prompts.text(label, seed) for label, seed in zip(labels, seeds, strict=True)]
         with self._tokenizing:
             positive, negative = pipeline.encode_prompt(texts, self._device, 1, self._settings.guidance > 1)
-        streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        streams = [torch_generator(seed) for seed in seeds]
         arguments: dict[str, Any]
         if sources is None:
             side = self._resolution // self.info.vae_scale

@@ -32,7 +32,7 @@ from fbl_flower.generation.new_folder import make_parent
 from fbl_flower.generation.preview import write_preview
 from fbl_flower.generation.recipe import GeneratorInfo, TrainingRecipe
 from fbl_flower.generation.training_checkpoint import Spent, TrainingCheckpoint
-from fbl_flower.seeding import derive, torch_stream
+from fbl_flower.seeding import torch_stream
 
 _REPORTS = 40  # progress lines of a whole training
 _RECENT = 50  # steps whose mean loss they show
@@ -132,7 +132,7 @@ class Training:
             image_size=parts.image_size, channels=parts.info.channels, num_classes=parts.info.num_classes, widths=recipe.widths
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(recipe.seed, "generator", "weights"))
+            torch.set_rng_state(torch_stream(recipe.seed, "generator", "weights").get_state())
             self._network = build_network(config).to(self._device)
         for parameter in self._network.get_submodule("conv_out").parameters():
             nn.init.zeros_(parameter)  # the first guess is no velocity at all

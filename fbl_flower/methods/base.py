@@ -54,6 +54,9 @@ class LocalMethod(Protocol):
     def begin(self, model: Classifier, examples: Examples) -> None:
         """Look at the received model, on its device, and at what will be trained on, which may be nothing."""
 
+    def adjust_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits that the cross-entropy sees, float32 [N, C]; alignment is in them already."""
+
     def penalty(self, step: Step) -> torch.Tensor | None:
         """Return a scalar to add to the cross-entropy of the step, or None."""
 

@@ -11,8 +11,10 @@ from fbl_flower.config.methods import METHODS
 from fbl_flower.errors import ConfigError
 from fbl_flower.methods.base import LocalMethod, State
 from fbl_flower.methods.fedavg import FEDAVG
+from fbl_flower.methods.feddyn import FedDyn
 from fbl_flower.methods.fedgen import FedGen
 from fbl_flower.methods.fedprox import FedProx
+from fbl_flower.methods.logits import LogitOffsets, fedlc, logit_adjustment
 from fbl_flower.methods.moon import Moon
 from fbl_flower.methods.scaffold import Scaffold
 from fbl_flower.seeding import torch_stream
@@ -49,5 +51,11 @@ def local_method(
         case "fedgen":
             rng = torch_stream(config.seed, "fedgen", client, server_round)
             return FedGen(weight=config.fedgen.latent_weight, received=received, rng=rng)
+        case "logit-adjustment":
+            return LogitOffsets(logit_adjustment(tau=config.logit_adjustment.tau))
+        case "fedlc":
+            return LogitOffsets(fedlc(tau=config.fedlc.tau))
+        case "feddyn":
+            return FedDyn(alpha=config.feddyn.alpha, state=state)
         case _:
             raise ConfigError([f"method.name: got {name!r}; allowed: {' | '.join(METHODS)}"])

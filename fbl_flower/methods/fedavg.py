@@ -19,6 +19,9 @@ class FedAvg:
     def begin(self, model: Classifier, examples: Examples) -> None:
         pass
 
+    def adjust_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
     def penalty(self, step: Step) -> torch.Tensor | None:
         return None
 

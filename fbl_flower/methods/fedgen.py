@@ -48,6 +48,9 @@ class FedGen:
             self._generator = to_state(self._received, model.head.weight.device)
             self._prior = self._generator.pop(LABEL_PRIOR).cpu()
 
+    def adjust_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
     def penalty(self, step: Step) -> torch.Tensor | None:
         if not self._generator:
             return None

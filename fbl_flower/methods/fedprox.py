@@ -27,6 +27,9 @@ class FedProx:
     def begin(self, model: Classifier, examples: Examples) -> None:
         self._received = {name: p.detach().clone() for name, p in model.named_parameters()}
 
+    def adjust_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
     def penalty(self, step: Step) -> torch.Tensor:
         squares = [(p - self._received[name]).square().sum() for name, p in step.model.named_parameters()]
         return self._mu / 2 * torch.stack(squares).sum()

@@ -43,6 +43,9 @@ class Moon:
         if self._state is not None:
             self._previous.load_state_dict(self._state)
 
+    def adjust_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
     def penalty(self, step: Step) -> torch.Tensor:
         with torch.no_grad():
             others = [model.features(step.inputs).float() for model in (self._received, self._previous)]

@@ -37,7 +37,7 @@ class Scaffold:
 
     def settings(self, config: TrainConfig) -> TrainConfig:
         self._learning_rate = self._learning_rate or config.learning_rate
-        return replace(config, learning_rate=self._learning_rate, momentum=0.0, clip_norm=0.0)
+        return replace(config, learning_rate=self._learning_rate, momentum=0.0, nesterov=False, clip_norm=0.0)
 
     def begin(self, model: Classifier, examples: Examples) -> None:
         self._x = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -47,6 +47,9 @@ class Scaffold:
             for name, x in self._x.items()
         }
         self._correction = {name: self._c[name] - self._c_i[name] for name in self._x}
+
+    def adjust_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
 
     def penalty(self, step: Step) -> None:
         return None

@@ -1,4 +1,4 @@
-"""The server's part of the methods that have one: SCAFFOLD's variate and FedGen's generator, kept by method and name."""
+"""The server's part of the methods that have one: SCAFFOLD's variate, FedGen's generator, FedDyn's h, kept by method and name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 
 from fbl_flower.config import RunConfig
 from fbl_flower.methods.feature_generator import label_prior, new_generator, train_generator
+from fbl_flower.methods.feddyn import server_correction
 from fbl_flower.methods.fedgen import LABEL_COUNTS, LABEL_PRIOR
 from fbl_flower.methods.scaffold import first_variate, next_variate, scaled_update
 from fbl_flower.params import Arrays
 from fbl_flower.seeding import torch_stream
 
 ServerState = dict[str, Arrays]  # for each method that has one; it is a part of the checkpoint
+FEDDYN_H = "feddyn-h"  # no method, so it is sent to nobody
 _CLIENTS = "scaffold-clients"  # N of SCAFFOLD; no method, so it is sent to nobody
 
 
@@ -37,7 +39,7 @@ class Update:
 def with_clients(
     state: ServerState, methods: Sequence[str], parameters: Callable[[], Iterable[tuple[str, torch.Tensor]]]
 ) -> ServerState:
-    """Return the state before a round of these clients: with SCAFFOLD's first variate, and c as the mean over all clients known by now.
+    """Return the state before a round of these clients: with FedDyn's first h, SCAFFOLD's first variate, and c as the mean over all clients known by now.
 
     A client that is new has c_i = 0, so where N grows, c shrinks by N before / N now. N does not fall: a client that is away, or
     has another method since, keeps its c_i, and c its part. FedGen's state begins after its first round: before it the generator has
@@ -48,6 +50,8 @@ def with_clients(
         methods: Of every client of the federation that is known.
         parameters: Asked for the model's, if they are needed.
     """
+    if "feddyn" in methods and FEDDYN_H not in state:
+        state = state | {FEDDYN_H: first_variate(parameters())}
     now = methods.count("scaffold")
     if "scaffold" not in state:
         return state | {"scaffold": first_variate(parameters()), _CLIENTS: _number(now)} if now else state
@@ -78,6 +82,26 @@ def model_to_average(update: Update, received: Mapping[str, np.ndarray], config:
     return scaled_update(
         received, update.arrays, learning_rate=config.scaffold.server_learning_rate, parameters=update.extra.keys()
     )
+
+
+def corrected(
+    mean: Arrays, received: Mapping[str, np.ndarray], state: ServerState, updates: Iterable[Update], *, config: RunConfig
+) -> tuple[Arrays, ServerState]:
+    """Return the mean of a round with FedDyn's term taken off, and the state after it; without its clients, both as they are.
+
+    Args:
+        mean: Of all clients' models.
+        received: The model that they started from.
+        state: Before the round, as `with_clients` has it.
+        updates: Of the clients that count, in ascending order of client.
+        config: Its `num-clients` and `feddyn`.
+    """
+    if FEDDYN_H not in state:
+        return mean, state
+    models = [u.arrays for u in updates if u.method == "feddyn"]
+    alpha = config.feddyn.alpha
+    model, h = server_correction(mean, received, models, state[FEDDYN_H], alpha=alpha, num_clients=config.num_clients)
+    return model, state | {FEDDYN_H: h}
 
 
 def next_state(state: ServerState, updates: Iterable[Update], *, config: RunConfig, server_round: int) -> ServerState:

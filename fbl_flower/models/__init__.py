@@ -1,5 +1,5 @@
 """Classifiers, split into features F and a linear head H."""
 
-from fbl_flower.models.classifier import Classifier, check_model, empty_classifier, new_classifier
+from fbl_flower.models.classifier import Classifier, as_received, check_model, empty_classifier, fitted, new_classifier
 
-__all__ = ["Classifier", "check_model", "empty_classifier", "new_classifier"]
+__all__ = ["Classifier", "as_received", "check_model", "empty_classifier", "fitted", "new_classifier"]

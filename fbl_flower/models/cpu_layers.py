@@ -52,7 +52,13 @@ def use_cpu_layers(module: nn.Module) -> None:
         if type(child) is nn.MaxPool2d:
             child.__class__ = FastMaxPool2d
         if type(child) is nn.Conv2d and child.bias is None and child.dilation == (1, 1) and child.groups == 1:
-            child.__class__ = SmallMapConv2d
+            half_windows = [size // 2 for size in child.kernel_size]
+            # With more padding, an output may meet no pixel at all.
+            child.__class__ = SmallMapConv2d if _at_most(child.padding, half_windows) else nn.Conv2d
+
+
+def _at_most(paddings: Any, limits: list[int]) -> bool:
+    return all(int(padding) <= limit for padding, limit in zip(paddings, limits, strict=True))
 
 
 def _meeting(size: int, out: int, kernel: int, stride: int, padding: int) -> list[tuple[int, slice, slice]]:

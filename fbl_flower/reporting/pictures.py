@@ -98,15 +98,24 @@ def gallery(
     save(figure, path)
 
 
-def class_counts(before: np.ndarray, kept: np.ndarray, filled: np.ndarray, class_names: Sequence[str], path: Path) -> None:
+def class_counts(
+    before: np.ndarray,
+    kept: np.ndarray,
+    filled: np.ndarray,
+    class_names: Sequence[str],
+    path: Path,
+    *,
+    kind: str = "synthetic",
+) -> None:
     """Draw every client's images by class, as a stack, before and after balancing.
 
     Args:
         before: int [K, C], real images of each client and class.
         kept: int [K, C], real images that stay.
-        filled: int [K, C], synthetic images added; drawn hatched.
+        filled: int [K, C], images added; drawn hatched.
         class_names: In the order of the labels.
         path: The PNG to write.
+        kind: What the added images are.
     """
     from matplotlib.patches import Patch
 
@@ -120,7 +129,7 @@ def class_counts(before: np.ndarray, kept: np.ndarray, filled: np.ndarray, class
     _stack(bottom, [(kept, ""), (filled, "////")])
     top.set(title=f"As the clients hold them: {before.sum():,} real images", ylabel="images")
     bottom.set(
-        title=f"Balanced: {kept.sum():,} real images kept, {filled.sum():,} synthetic ones added",
+        title=f"Balanced: {kept.sum():,} real images kept, {filled.sum():,} {kind} ones added",
         ylabel="images",
         xlabel="client",
     )

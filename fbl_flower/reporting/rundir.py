@@ -6,8 +6,10 @@ metrics.jsonl        one line a round; the same bytes for the same seed, machine
 timings.jsonl        one line a round, clock times, and each client's share of the traffic
 nodes.json           the nodes, their clients, which of these are prepared or why not; who left and came back, the server among them
 summary.json         status, final accuracy, what went wrong
-checkpoint.safetensors   the last checkpoint: model, round, and what the server keeps for SCAFFOLD and FedGen
+checkpoint.safetensors   the last checkpoint: model, round, and what the server keeps for methods and its own step
 model.safetensors    the final model
+choices.json         in simulation: how many kept images each replay kept again, and brought back, summed over the clients
+averaged.safetensors     its average over rounds, with server.average
 *.png                pictures
 """
 
@@ -50,12 +52,25 @@ class Checkpoint:
         arrays: The global model after it.
         embeddings: Averaged alignment vectors, where that setting is on.
         method_state: What the server keeps for methods, by method and name.
+        data: What the server read, as `DataParts.identity`.
     """
 
     server_round: int
     arrays: Arrays
     embeddings: np.ndarray | None
     method_state: dict[str, Arrays] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
+
+    def check_data(self, now: Mapping[str, str]) -> None:
+        """Refuse to go on with other images or classes than before; raises `StateError`, which names the difference."""
+        if not self.data:
+            raise StateError(
+                "resume: the checkpoint does not say which images it is of (an older version wrote it). Start a new run."
+            )
+        changes = [f"{part}: {self.data.get(part)} before, {now[part]} now" for part in now if self.data.get(part) != now[part]]
+        if changes:
+            text = "; ".join(changes)
+            raise StateError(f"resume: the data set has changed since the run began ({text}). Restore it, or start a new run.")
 
 
 class RunDirectory:
@@ -63,10 +78,12 @@ class RunDirectory:
 
     Attributes:
         path: The folder; its name is the run's identity, the same before and after a resume.
+        restart: What a reader should know of the restart; empty for a new run.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.restart = ""
 
     @property
     def identity(self) -> str:
@@ -83,7 +100,7 @@ class RunDirectory:
             raise ConfigError(
                 [f"output-dir: cannot make {run.path} ({error.strerror}); choose a folder that can be written"]
             ) from error
-        (run.path / "config.toml").write_text(to_toml(flatten(config)))
+        (run.path / "config.toml").write_text(to_toml(flatten(config)), encoding="utf-8")
         versions = {"python": platform.python_version()}
         for package in _PACKAGES:
             try:
@@ -128,37 +145,43 @@ class RunDirectory:
         _replace(run.path / "config.toml", to_toml(flatten(config) | {"resume": ""}).encode())
         for name in ("metrics.jsonl", "timings.jsonl"):
             run._cut(name, checkpoint.server_round)
-        run._note_restart(checkpoint.server_round + 1, last=config.num_server_rounds)
+        longer = ""
+        if config.num_server_rounds > rounds and config.train.schedule != "constant":
+            longer = (
+                f"; num-server-rounds was {rounds} and is {config.num_server_rounds}: train.schedule {config.train.schedule!r} follows the "
+                "new number from here on, so the result is not that of one unbroken run"
+            )
+        run.restart = run._note_restart(checkpoint.server_round + 1, last=config.num_server_rounds, longer=longer)
         return run, checkpoint
 
     def read_settings(self) -> dict[str, Any]:
         """Return the settings with which the run was started."""
         import tomllib
 
-        return flat_table(tomllib.loads((self.path / "config.toml").read_text()))
+        return flat_table(tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8")))
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one line of JSON to a file."""
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a file of JSON, whole or not at all."""
-        _replace(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+        _replace(self.path / name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
         """Read the lines of a file of JSON lines; none if it is not there."""
         path = self.path / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a file of JSON; nothing if it is not there."""
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def write_model(self, arrays: Arrays) -> None:
-        """Write the final model."""
-        _replace(self.path / "model.safetensors", save(_contiguous(arrays)))
+    def write_model(self, arrays: Arrays, name: str = "model.safetensors") -> None:
+        """Write a final model."""
+        _replace(self.path / name, save(_contiguous(arrays)))
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the last checkpoint."""
@@ -167,7 +190,10 @@ class RunDirectory:
             tensors[_EMBEDDINGS] = checkpoint.embeddings
         for method, arrays in checkpoint.method_state.items():
             tensors |= {f"{_METHOD}{method}/{name}": array for name, array in arrays.items()}
-        blob = save(_contiguous(tensors), metadata={"server_round": str(checkpoint.server_round)})
+        blob = save(
+            _contiguous(tensors),
+            metadata={"server_round": str(checkpoint.server_round), "data": json.dumps(dict(checkpoint.data))},
+        )
         _replace(self.path / "checkpoint.safetensors", blob)
 
     def _read_checkpoint(self) -> Checkpoint:
@@ -175,7 +201,8 @@ class RunDirectory:
         try:
             with safe_open(path, "numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in list(file.keys())}
-                server_round = int(file.metadata()["server_round"])
+                metadata = file.metadata()
+                server_round, data = int(metadata["server_round"]), json.loads(metadata.get("data", "{}"))
         except FileNotFoundError as error:
             raise StateError(
                 f"resume: {self.path} has no checkpoint: the run ended before its first; start it again"
@@ -187,22 +214,28 @@ class RunDirectory:
             method, own_name = name.removeprefix(_METHOD).split("/", 1)
             method_state.setdefault(method, {})[own_name] = arrays.pop(name)
         return Checkpoint(
-            server_round=server_round, embeddings=arrays.pop(_EMBEDDINGS, None), arrays=arrays, method_state=method_state
+            server_round=server_round,
+            embeddings=arrays.pop(_EMBEDDINGS, None),
+            arrays=arrays,
+            method_state=method_state,
+            data=data,
         )
 
-    def _note_restart(self, server_round: int, *, last: int) -> None:
+    def _note_restart(self, server_round: int, *, last: int, longer: str) -> str:
         summary, event = self.read_json("summary.json"), "started again"
         if summary.get("status") == "failed":
             event += f" after a failure: {summary['reason']}"
+        event += longer
         table = {"nodes": [], "events": []} | self.read_json("nodes.json")
         table["events"].append({"round": server_round, "name": "server", "event": event})
         self.write_json("nodes.json", table)
         if summary.get("status") == "failed" or server_round <= last:
             (self.path / "summary.json").unlink(missing_ok=True)
+        return event
 
     def _cut(self, name: str, last_round: int) -> None:
         kept = []
-        for line in (self.path / name).read_text().splitlines() if (self.path / name).exists() else ():
+        for line in (self.path / name).read_text(encoding="utf-8").splitlines() if (self.path / name).exists() else ():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

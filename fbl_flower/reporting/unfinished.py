@@ -54,7 +54,7 @@ def _newest_unfinished(config: RunConfig) -> Path | None:
         try:
             settings = RunDirectory(folder).read_settings()
             summary = folder / "summary.json"
-            ended = json.loads(summary.read_text()) if summary.exists() else {"status": "not ended"}
+            ended = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {"status": "not ended"}
             completed = ended["status"] == "completed" and ended["rounds"] == settings["num-server-rounds"]
         except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, KeyError):
             continue  # no run of ours

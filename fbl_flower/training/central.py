@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,13 +13,14 @@ from fbl_flower.config import RunConfig, rounded_up
 from fbl_flower.data.datasets import DataParts, load_parts, scored_part
 from fbl_flower.data.examples import Examples
 from fbl_flower.device import pick_device
-from fbl_flower.errors import ConfigError
+from fbl_flower.errors import ConfigError, RunFailed
 from fbl_flower.generation.cache import ImageCache, generate_cached
-from fbl_flower.models import Classifier, new_classifier
+from fbl_flower.models import Classifier, fitted, new_classifier
 from fbl_flower.seeding import derive, torch_stream
 from fbl_flower.training.evaluation import evaluate
 from fbl_flower.training.loop import train
 from fbl_flower.training.prepare import augmentation_of, shared_generator
+from fbl_flower.training.schedule import epoch_factors
 
 
 def train_centrally(config: RunConfig, parts: DataParts, examples: Examples, *, epochs: int, seed: int) -> Classifier:
@@ -32,16 +34,46 @@ def train_centrally(config: RunConfig, parts: DataParts, examples: Examples, *, 
         seed: Of the weights, the order and the augmentation.
     """
     device = pick_device(config)
-    model = new_classifier(config.model, channels=parts.info.channels, num_classes=parts.info.num_classes, seed=seed).to(device)
-    settings = replace(config.train, epochs=epochs)
-    train(
-        model,
-        examples.to(device),
-        config=settings,
-        augmentation=augmentation_of(parts),
-        rng=torch_stream(seed, "central"),
-    )
+    network = fitted(config.model, image_size=parts.image_size, device=device)
+    model = new_classifier(network, channels=parts.info.channels, num_classes=parts.info.num_classes, seed=seed).to(device)
+    train_further(model, config, parts, examples, epochs=epochs, rng=torch_stream(seed, "central"))
     return model
+
+
+def train_further(
+    model: Classifier,
+    config: RunConfig,
+    parts: DataParts,
+    examples: Examples,
+    *,
+    epochs: int,
+    rng: torch.Generator,
+    what: str = "training without a federation",
+) -> None:
+    """Train a model in place, where it is, as `train_centrally` does.
+
+    Args:
+        model: On any device.
+        config: Its `train`.
+        parts: The data set that the examples are of.
+        examples: At least one image.
+        epochs: Passes over them, in place of `train.epochs`; the schedule runs over these.
+        rng: CPU generator of order and augmentation.
+        what: Names the training in an error.
+
+    Raises:
+        RunFailed: The loss is not finite.
+    """
+    trained = train(
+        model,
+        examples.to(next(model.parameters()).device),
+        config=replace(config.train, epochs=epochs),
+        augmentation=augmentation_of(parts),
+        rng=rng,
+        epoch_factors=epoch_factors(config.train.schedule, epochs),
+    )
+    if not math.isfinite(trained.loss):
+        raise RunFailed(f"{what}: the loss is not finite; lower the learning rate")
 
 
 def public_examples(parts: DataParts) -> Examples:
@@ -91,4 +123,4 @@ def run_central(config: RunConfig, on: Literal["public", "synthetic"]) -> float:
     trained = rounded_up(config.fraction_train, config.num_clients) / config.num_clients  # share of the clients, in a round
     image_steps = config.num_server_rounds * config.train.epochs * trained * len(parts.private)
     model = train_centrally(config, parts, examples, epochs=max(1, round(image_steps / len(examples))), seed=config.seed)
-    return evaluate(model.cpu(), scored_part(config.data, parts), precision=config.train.precision).accuracy
+    return evaluate(model.cpu(), scored_part(config.data, parts)).accuracy

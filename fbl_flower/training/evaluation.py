@@ -1,4 +1,4 @@
-"""The evaluation: losses, accuracy, features. Never an alignment vector, never an augmentation."""
+"""The evaluation: losses, accuracy, features, all in fp32. Never an alignment vector, never an augmentation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fbl_flower.data.batches import to_float
 from fbl_flower.data.examples import Examples
-from fbl_flower.device import autocast, memory_format
+from fbl_flower.device import memory_format
 from fbl_flower.models import Classifier
 
 _BATCH = 250
@@ -24,7 +24,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def predict(model: Classifier, images: torch.Tensor, *, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(model: Classifier, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return features float [N, D] and logits float [N, C] of uint8 images [N, C, H, W], in evaluation mode."""
     device = images.device
     layout = memory_format(model, device)
@@ -34,23 +34,21 @@ def predict(model: Classifier, images: torch.Tensor, *, precision: str) -> tuple
         [images.new_zeros(0, model.head.out_features, dtype=torch.float)],
     )
     for batch in images.split(_BATCH) if len(images) else ():
-        with autocast(precision, device):
-            f = model.features(to_float(batch).contiguous(memory_format=layout))
-            y = model.head(f)
-        features.append(f.float())
-        logits.append(y.float())
+        f = model.features(to_float(batch).contiguous(memory_format=layout))
+        features.append(f)
+        logits.append(model.head(f))
     return torch.cat(features), torch.cat(logits)
 
 
-def per_image_losses(model: Classifier, examples: Examples, *, precision: str) -> torch.Tensor:
+def per_image_losses(model: Classifier, examples: Examples) -> torch.Tensor:
     """Return float [N], the cross-entropy of each image, for sampling by loss."""
-    _, logits = predict(model, examples.images, precision=precision)
+    _, logits = predict(model, examples.images)
     return F.cross_entropy(logits, examples.labels, reduction="none")
 
 
-def evaluate(model: Classifier, examples: Examples, *, precision: str) -> Evaluation:
+def evaluate(model: Classifier, examples: Examples) -> Evaluation:
     """Evaluate on all images at once: a mean over images, not over batches."""
-    _, logits = predict(model, examples.images, precision=precision)
+    _, logits = predict(model, examples.images)
     return Evaluation(
         loss=F.cross_entropy(logits.double(), examples.labels).item(),
         accuracy=(logits.argmax(1) == examples.labels).double().mean().item(),

@@ -33,20 +33,20 @@ def choose_fill(
     Returns:
         bool [M], on the CPU; None where all images stay because nothing looks at them.
     """
-    b, precision = config.balancing, config.train.precision
+    b = config.balancing
     if server_round <= 1 or len(fill) == 0:
         return None
     match b.filter:
         case "none":
             return None
         case "model":
-            return most_likely(fill.labels, per_image_losses(model, fill, precision=precision), share=b.filter_share)
+            return most_likely(fill.labels, per_image_losses(model, fill), share=b.filter_share)
         case "neighbours":
             compared = real.take(torch.isin(real.labels, fill.labels).nonzero().flatten())
             return near_real(
-                predict(model, fill.images, precision=precision)[0],
+                predict(model, fill.images)[0],
                 fill.labels,
-                real_features=predict(model, compared.images, precision=precision)[0],
+                real_features=predict(model, compared.images)[0],
                 real_labels=compared.labels,
                 share=b.filter_share,
             )

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from fbl_flower.balancing.filling import fill
+from fbl_flower.balancing.oversampling import repeats
 from fbl_flower.balancing.plan import BalancePlan, cap_filling, limit_filling, make_plan, make_rich_plan
-from fbl_flower.config import RunConfig
+from fbl_flower.config import OWN_IMAGES, RunConfig
 from fbl_flower.data.client_folder import client_folder_parts
 from fbl_flower.data.corruption import believed_labels, private_examples
 from fbl_flower.data.datasets import DataParts, load_parts
@@ -40,7 +41,7 @@ class ClientData:
         num_classes: Classes of the federation, including those that this client lacks.
         real: The client's images.
         plan: None for a client that does not balance.
-        fill: Synthetic images, `plan.fill[c]` of each class c; empty without a plan. Where time for generating ran out, the plan
+        fill: Synthetic images, or repeats of real ones, `plan.fill[c]` of each class c; empty without a plan. Where time for generating ran out, the plan
             is that for what there is.
         augmentation: How training images may be varied.
         unfilled: Share of the planned synthetic images that time did not allow to make, 0 .. 1.
@@ -94,29 +95,32 @@ def prepare_client(
     if check is not None:
         check(parts, real)
     plan = client_plan(config, real, parts.info.num_classes, client, capability=capability)
-    synthetic, unfilled, fingerprint = real.take(torch.zeros(0, dtype=torch.int64)), 0.0, ""
+    added, unfilled, fingerprint = real.take(torch.zeros(0, dtype=torch.int64)), 0.0, ""
     if plan is not None and plan.fill.sum() > 0:
-        budget, generator = config.generator.time_budget, shared_generator(config, own_folder)
-        fingerprint = generator.fingerprint
-        synthetic = fill(
-            plan,
-            generator,
-            ImageCache(cache_folder),
-            seed=config.seed,
-            client=client,
-            own=real if config.generator.image_to_image else None,
-            progress=progress,
-            seconds=(budget or math.inf) if may_generate else 0.0,
-        )
-        counts, made = (examples.counts(parts.info.num_classes).numpy() for examples in (real, synthetic))
-        unfilled = 1 - len(synthetic) / int(plan.fill.sum())
+        if config.generator.name == OWN_IMAGES:
+            added = repeats(plan, real, seed=config.seed, client=client)
+        else:
+            budget, generator = config.generator.time_budget, shared_generator(config, own_folder)
+            fingerprint = generator.fingerprint
+            added = fill(
+                plan,
+                generator,
+                ImageCache(cache_folder),
+                seed=config.seed,
+                client=client,
+                own=real if config.generator.image_to_image else None,
+                progress=progress,
+                seconds=(budget or math.inf) if may_generate else 0.0,
+            )
+            unfilled = 1 - len(added) / int(plan.fill.sum())
+        counts, made = (examples.counts(parts.info.num_classes).numpy() for examples in (real, added))
         plan = limit_filling(plan, counts, made, tie_break=numpy_stream(config.seed, "plan", client))
     return ClientData(
         client=client,
         num_classes=parts.info.num_classes,
         real=real,
         plan=plan,
-        fill=synthetic,
+        fill=added,
         augmentation=augmentation_of(parts),
         unfilled=unfilled,
         generator=fingerprint,

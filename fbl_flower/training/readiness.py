@@ -8,14 +8,17 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from fbl_flower.config import RunConfig, flatten
+from fbl_flower.config import OWN_IMAGES, RunConfig, flatten
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.data.examples import Examples
-from fbl_flower.errors import DataError, GeneratorError
+from fbl_flower.errors import DataError, GeneratorError, StateError
 from fbl_flower.generation.loading import check_generator, generator_folder
+from fbl_flower.training.prepare import ClientData
+from fbl_flower.whole_file import replacing
 
 _BLOCK = 4096  # bytes that a small file takes on most disks
 _HEADER = 64
@@ -72,7 +75,7 @@ class Readiness:
             DataError: The disk has too little space.
         """
         b = self._config.balancing
-        if not (b.enabled and b.filling) or self._capability == "none":
+        if not (b.enabled and b.filling) or self._capability == "none" or self._config.generator.name == OWN_IMAGES:
             return
         _check_generator_once(self._config, parts)
         cache = self._state_dir / "cache"
@@ -93,6 +96,35 @@ class Readiness:
         with contextlib.suppress(OSError):  # it only saves a check
             self._mark.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self._mark, os.O_CREAT, 0o600))
+
+
+def check_unchanged(note: Path, data: ClientData) -> None:
+    """Compare a client's images with those that it had when it first took part in the run; note them if this is the first time.
+
+    Args:
+        note: A file in the client's folder of the run.
+        data: The client's, as prepared.
+
+    Raises:
+        StateError: The images are others. What is in the message stays on the client.
+    """
+    counts = data.real.counts(data.num_classes).tolist()
+    now = {"images": len(data.real), "of each class": counts, "sha256": data.digest}
+    try:
+        before = json.loads(note.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(note, part=note.with_name(f".{note.name}-{os.getpid()}-{threading.get_ident()}")) as part:
+            part.write_text(json.dumps(now), encoding="utf-8")
+        return
+    except ValueError:
+        before = {}
+    if before != now:
+        changes = [f"{name}: {before.get(name)} before, {now[name]} now" for name in now if before.get(name) != now[name]]
+        raise StateError(
+            f"client {data.client}: its images have changed since this run began ({'; '.join(changes)}). Restore them, or start a new run.",
+            public="its images are not those with which it began this run",
+        )
 
 
 @functools.lru_cache(maxsize=1)  # an error is not kept; the clients of a simulation share one generator

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from fbl_flower.balancing.sampling import choose_kept, replay_due
+from fbl_flower.balancing.sampling import Choice, choose_kept, replay_due
 from fbl_flower.balancing.state import BalancingState
 from fbl_flower.config import RunConfig
-from fbl_flower.data.examples import Examples, concatenate
+from fbl_flower.data.examples import concatenate
 from fbl_flower.device import pick_device
 from fbl_flower.methods.base import Finished, LocalMethod
 from fbl_flower.methods.fedavg import FEDAVG
-from fbl_flower.models import Classifier, empty_classifier
+from fbl_flower.models import Classifier, as_received, empty_classifier
 from fbl_flower.params import Arrays, to_arrays, to_state
 from fbl_flower.seeding import numpy_stream, torch_stream
 from fbl_flower.training.evaluation import per_image_losses
@@ -35,6 +35,7 @@ class LocalRoundResult:
         num_real: The client's real images, N_k, whether or not they were all used.
         training: The training's own measurements; None for a client without images.
         state: The client's memory after the round; None for a client that does not balance.
+        choice: Counts of the choice of real images made in this round (`Choice.row`); None if the last one still holds.
         finished: What the local method remembers and sends.
     """
 
@@ -43,6 +44,7 @@ class LocalRoundResult:
     num_real: int
     training: TrainResult | None
     state: BalancingState | None
+    choice: dict[str, int | None] | None
     finished: Finished
 
 
@@ -69,10 +71,12 @@ def run_local_round(
     """
     device = pick_device(config)
     model = load_classifier(arrays, config, channels=data.real.images.shape[1], num_classes=data.num_classes, device=device)
-    real, examples = data.real.to(device), data.real
+    examples, choice = data.real, None
     if data.plan is not None:
-        state = _balance(model, real, data, state, config=config, server_round=server_round)
-        state = replace(state, generator=data.generator, images=data.digest)
+        kept_before = None if state is None else state.kept.numpy()
+        state, chosen = _balance(model, data, state, config=config, server_round=server_round)
+        choice = None if chosen is None else chosen.row(data.real.labels.numpy(), kept_before)
+        state = replace(state, generator=data.generator)
         if averaged_embeddings is not None:
             state = replace(state, embeddings=torch.tensor(averaged_embeddings))
         fill = filtered(data, state.kept_fill, seed=config.seed).fill
@@ -85,6 +89,7 @@ def run_local_round(
             num_real=len(data.real),
             training=None,
             state=state,
+            choice=choice,
             finished=method.finish(model),
         )
     b = config.balancing
@@ -100,6 +105,7 @@ def run_local_round(
         embeddings=embeddings,
         embedding_learning_rate=b.embedding_learning_rate,
         drop=b.drop,
+        synthetic_weight=b.synthetic_weight,
         method=method,
     )
     if state is not None and embeddings is not None:
@@ -115,6 +121,7 @@ def run_local_round(
         num_real=len(data.real),
         training=training,
         state=state,
+        choice=choice,
         finished=method.finish(model),
     )
 
@@ -123,7 +130,7 @@ def load_classifier(
     arrays: Mapping[str, np.ndarray], config: RunConfig, *, channels: int, num_classes: int, device: torch.device
 ) -> Classifier:
     """Make a classifier that holds `arrays`, on `device`."""
-    model = empty_classifier(config.model, channels=channels, num_classes=num_classes)
+    model = empty_classifier(as_received(config.model, arrays), channels=channels, num_classes=num_classes)
     model.load_state_dict(to_state(arrays, device), assign=True)
     return model.requires_grad_(True)
 
@@ -134,35 +141,34 @@ def _whole_numbers(arrays: Mapping[str, np.ndarray]) -> Arrays:
 
 
 def _balance(
-    model: Classifier, real: Examples, data: ClientData, state: BalancingState | None, *, config: RunConfig, server_round: int
-) -> BalancingState:
-    """Choose real and synthetic images in the client's first round, when its images or its plan have changed, or when a replay is due."""
+    model: Classifier, data: ClientData, state: BalancingState | None, *, config: RunConfig, server_round: int
+) -> tuple[BalancingState, Choice | None]:
+    """Choose real and synthetic images in the client's first round, when its plan has changed, or when a replay is due."""
     b = config.balancing
-    kept_before = state.kept if state is not None and state.images == data.digest else None
+    real = data.real.to(next(model.parameters()).device)
+    kept_before = None if state is None else state.kept.numpy()
     if state is not None and state.generator != data.generator:  # what the filter let pass were other images
         state = replace(state, kept_fill=None)
     plan = filtered(data, None if state is None else state.kept_fill, seed=config.seed).plan
     assert plan is not None
-    as_planned = kept_before is not None and np.array_equal(
-        np.bincount(data.real.labels[kept_before].numpy(), minlength=data.num_classes), plan.keep
-    )
-    if (
-        as_planned
-        and state is not None
-        and not replay_due(server_round=server_round, chosen_in=state.chosen_in, period=b.replay_period)
-    ):
-        return state
+    if state is not None and kept_before is not None:
+        kept_counts = np.bincount(data.real.labels.numpy()[kept_before], minlength=data.num_classes)
+        due = replay_due(server_round=server_round, chosen_in=state.chosen_in, period=b.replay_period)
+        if np.array_equal(kept_counts, plan.keep) and not due:
+            return state, None
     kept_fill = choose_fill(model, real, data.fill.to(real.images.device), config=config, server_round=server_round)
     plan = filtered(data, kept_fill, seed=config.seed).plan
     assert plan is not None
-    losses = per_image_losses(model, real, precision=config.train.precision) if b.sampling == "loss" else None
-    kept = choose_kept(
+    losses = per_image_losses(model, real) if b.sampling == "loss" else None
+    choice = choose_kept(
         data.real.labels.numpy(),
         plan.keep,
         losses=None if losses is None else losses.cpu().numpy(),
         rng=numpy_stream(config.seed, "choice", data.client, server_round),
-        kept_before=None if kept_before is None else kept_before.numpy(),
-        replay_ratio=0.0 if kept_before is None else b.replay_ratio,
+        kept_before=kept_before,
+        replay_ratio=b.replay_ratio,
+        replay=b.replay,
     )
     embeddings = torch.zeros(data.num_classes, model.width) if state is None else state.embeddings
-    return BalancingState(kept=torch.from_numpy(kept), chosen_in=server_round, embeddings=embeddings, kept_fill=kept_fill)
+    kept = torch.from_numpy(choice.kept)
+    return BalancingState(kept=kept, chosen_in=server_round, embeddings=embeddings, kept_fill=kept_fill), choice

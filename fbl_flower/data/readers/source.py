@@ -49,11 +49,13 @@ class Source:
         class_names: In the order of the labels.
         train: What test (where `test` is None), public, validation and private parts are cut from.
         test: Its own test split; None where it has none.
+        notes: What was passed over, a sentence each.
     """
 
     class_names: tuple[str, ...]
     train: Examples
     test: Examples | None
+    notes: tuple[str, ...] = ()
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:

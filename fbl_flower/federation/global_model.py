@@ -1,0 +1,85 @@
+"""From the clients' models of a round to the next global model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import torch
+
+from fbl_flower.config import RunConfig
+from fbl_flower.federation.method_rounds import update_of
+from fbl_flower.federation.wire import Reply
+from fbl_flower.methods.server import corrected, model_to_average, next_state
+from fbl_flower.methods.server_step import AVERAGE, next_average, server_step
+from fbl_flower.params import weighted_mean
+from fbl_flower.reporting.rundir import Checkpoint
+from fbl_flower.training.roles import Role
+
+Parameters = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+
+
+def next_point(
+    point: Checkpoint,
+    replies: Mapping[int, Reply],
+    roles: Mapping[int, Role],
+    *,
+    config: RunConfig,
+    server_round: int,
+    parameters: Parameters,
+) -> Checkpoint:
+    """Return the state of the run after a round: the mean of the clients' models, then what the server makes of it.
+
+    The mean is weighted as `aggregation.weight-by` says. Clients without images weigh nothing.
+
+    Args:
+        point: Before the round.
+        replies: By client, in ascending order.
+        roles: Of every client.
+        config: The run's.
+        server_round: From 1.
+        parameters: Asked for the model's, if they are needed.
+    """
+    by = config.aggregation.weight_by
+    sizes = [r.num_real if by == "real" else r.num_examples for r in replies.values()]
+    weights = [float(size > 0 if by == "equal" else size) for size in sizes]
+    if sum(weights) == 0:  # only clients without images: nothing was learned
+        return replace(point, server_round=server_round)
+    embeddings = point.embeddings
+    shared = [(r.embeddings, w) for r, w in zip(replies.values(), weights, strict=True) if r.embeddings is not None and w > 0]
+    if embeddings is not None and shared:
+        embeddings = weighted_mean([{"P": e} for e, _ in shared], [w for _, w in shared])["P"]
+    updates = [update_of(reply, roles[client]) for client, reply in replies.items()]
+    arrays = weighted_mean([model_to_average(u, point.arrays, config) for u in updates], weights)
+    state = next_state(point.method_state, updates, config=config, server_round=server_round)
+    arrays, state = corrected(arrays, point.arrays, state, updates, config=config)
+    if config.server.optimizer != "none":
+        names = [name for name, _ in parameters()]
+        arrays, moved = server_step(point.arrays, arrays, state, config=config.server, parameters=names)
+        state = state | moved
+    return replace(point, server_round=server_round, arrays=arrays, embeddings=embeddings, method_state=state)
+
+
+def with_average(point: Checkpoint, config: RunConfig) -> Checkpoint:
+    """Return the state of the run with its global model taken into the average, if `server.average` is set; the first model starts it."""
+    if not config.server.average:
+        return point
+    average = point.method_state.get(AVERAGE)
+    if average is None:
+        average = point.arrays
+    else:
+        average = next_average(average, point.arrays, decay=config.server.average, server_round=point.server_round)
+    return replace(point, method_state=point.method_state | {AVERAGE: average})
+
+
+def server_in_words(config: RunConfig) -> str:
+    """Say what the server does beside averaging; empty: nothing."""
+    server, tuning, parts = config.server, config.server_tuning, []
+    if server.optimizer != "none":
+        parts.append(f"optimizer {server.optimizer}, learning rate {server.learning_rate:g}")
+    if server.average:
+        parts.append(f"an average over rounds, decay {server.average:g}")
+    if tuning.generates:
+        when = f"every {tuning.every} rounds" if tuning.every else "after the last round"
+        parts.append(f"tunes its {tuning.part} on {tuning.num_images} images of its generator {when}")
+    return "; ".join(parts)
