@@ -1,4 +1,4 @@
-"""The command `fbl-flower`. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
+"""The command `fbl-flower`. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted: by Ctrl-C, SIGTERM, or a closed terminal.
 
 Only the configuration and arguments are imported at the top: help and bad input must not wait for torch.
 """
@@ -9,43 +9,47 @@ import argparse
 import contextlib
 import math
 import os
-import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fbl_flower.commands.deploy.arguments import add_deploy
+from fbl_flower.commands.interruption import signals_interrupt
 from fbl_flower.config import surface
 from fbl_flower.errors import ConfigError, DataError, FBLError, GeneratorError
+from fbl_flower.quiet import quiet_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: this process's) and return the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        with _terminated_like_interrupted():
+    quiet_libraries()
+    with signals_interrupt():
+        try:
             return int(options.handler(options) or 0)
-    except (ConfigError, DataError, GeneratorError) as error:
-        print(f"fbl-flower: {error}", file=sys.stderr)
-        return 2
-    except FBLError as error:
-        print(f"fbl-flower: failed: {error}", file=sys.stderr)
-        return _ended(1)
-    except KeyboardInterrupt:
-        print("fbl-flower: interrupted", file=sys.stderr)
-        return _ended(130)
-    except OSError as error:
-        print(f"fbl-flower: failed: {error}", file=sys.stderr)
-        return _ended(1)
+        except (ConfigError, DataError, GeneratorError) as error:
+            return _ended(2, str(error))
+        except KeyboardInterrupt:
+            return _ended(130, "interrupted")
+        except (FBLError, OSError) as error:
+            return _ended(1, f"failed: {error}")
 
 
-def _ended(code: int) -> int:
-    """Return the exit code, or, where clients of the in-process engine are still at work, end with it: Python itself would wait for them."""
+def _ended(code: int, message: str) -> int:
+    """Print the message and return the exit code.
+
+    Where clients of the in-process engine are still at work, end with it here: Python itself would wait for them.
+    """
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        print(f"fbl-flower: {message}", file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try again at its end, and exit with a code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     engine = sys.modules.get("fbl_flower.federation.local")
     if engine is not None and any(thread.name.startswith(engine.WORKER) for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     return code
 
@@ -304,20 +308,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-c", "--config", action="append", default=[], metavar="'KEY=VALUE ...'", help="settings as TOML values, or a TOML file"
     )
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Let a SIGTERM clean up as Ctrl-C does: a run or a child process must not outlive its command."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

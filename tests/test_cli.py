@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fbl_flower import cli
-from fbl_flower.commands import app_folder, flower_cli, simulation, superlink
+from fbl_flower.commands import app_folder, flower_cli, simulation
 from fbl_flower.commands.overrides import chosen_config, read_overrides, read_toml
 from fbl_flower.config import RunConfig, flatten, to_toml
 from fbl_flower.errors import ConfigError, RunFailed
@@ -120,20 +120,8 @@ def test_a_file_where_a_folder_is_wanted_is_a_failure_and_no_traceback(
     assert capsys.readouterr().err.startswith("fbl-flower: failed: [Errno ")
 
 
-def test_another_users_superlink_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before any of its runs is stopped."""
-
-    def kill(process: int, number: int) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(superlink, "find_superlink", lambda port: 12345)
-    monkeypatch.setattr(superlink.os, "kill", kill)
-    monkeypatch.setattr(superlink, "run_status", lambda: pytest.fail("its runs were looked at"))
-    with pytest.raises(RunFailed, match=r"\(process 12345\) is another user's; it may not be stopped"):
-        superlink.stop_superlink(force=True)
-
-
-def test_an_interrupted_in_process_run_does_not_wait_for_its_clients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_in_process_run_does_not_wait_for_its_clients(tmp_path: Path, number: signal.Signals) -> None:
     """The clients would sleep for ten minutes."""
     text = f"""
 import sys, time
@@ -148,7 +136,7 @@ sys.exit(cli.main(["run", "--engine", "local", "-c", "output-dir={str(tmp_path /
     with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert any("at work" in line for line in process.stdout)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error.endswith("fbl-flower: interrupted\n")
 
@@ -174,12 +162,19 @@ def test_a_failed_run_exits_1_and_an_interrupted_one_130(
     assert cli.main(arguments) == 130
 
 
-def fake_flower(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, status: str, started: bool = True) -> None:
+def fake_flower(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, status: str, started: bool = True, slow_starts: int = 0
+) -> None:
     """Put a script in the place of `flwr` that exits 0 whatever happens, as the real one does."""
     script = tmp_path / "flwr"
     says = "Successfully started run 42 in federation x" if started else "Error: no such app"
     answer = f'{{"success": true, "runs": [{{"run-id": "42", "status": "{status}", "status-details": "told to fail"}}]}}'
-    script.write_text(f"#!/bin/sh\nif [ $1 = run ]; then echo '{says}'; else echo Listing; echo '{answer}'; fi\n")
+    script.write_text(f"""#!/bin/sh
+if [ $1 != run ]; then echo Listing; echo '{answer}'; exit; fi
+echo run >> {tmp_path}/calls
+if [ $(wc -l < {tmp_path}/calls) -le {slow_starts} ]; then echo '| Failed to start local SuperLink within 15s. See'; exit 1; fi
+echo '{says}'
+""")
     script.chmod(0o755)
     for module in (simulation, flower_cli):
         monkeypatch.setattr(module, "flower_program", lambda name: str(script))
@@ -204,31 +199,40 @@ def test_a_run_that_completed_and_one_that_was_refused(
         simulation.run_simulation({}, nodes=2)
 
 
-def test_a_superlink_of_other_code_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(superlink, "find_superlink", lambda port: os.getpid())
-    monkeypatch.chdir(tmp_path)
-    superlink.check_superlink(ROOT)  # an empty directory
-    (tmp_path / "client_app.py").touch()
-    superlink.check_superlink(tmp_path)  # the app itself
-    if Path("/proc/self/cwd").exists():
-        with pytest.raises(ConfigError, match="fbl-flower superlink stop"):
-            superlink.check_superlink(ROOT)
-
-
-def test_superlink_stop_finds_the_process_by_its_port(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("slow_starts", [1, 2])
+def test_a_superlink_that_starts_slowly_gets_a_second_chance(
+    slow_starts: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    listing = [
-        (1, ["init"]),
-        (5, ["python", "/venv/bin/flower-superlink", "--port", "39091"]),
-        (6, ["vi", "x", "flower-superlink"]),
+    """And no third one."""
+    fake_flower(monkeypatch, tmp_path, status="finished:completed", slow_starts=slow_starts)
+    expected = (
+        contextlib.nullcontext() if slow_starts == 1 else pytest.raises(RunFailed, match="start local SuperLink within 15s")
+    )
+    with expected:
+        simulation.run_simulation({}, nodes=2)
+    output = capfd.readouterr()
+    assert output.err == "This machine is slow or busy. Trying once more.\n"
+    assert output.out.count("Failed to start") == slow_starts and ("started run 42" in output.out) == (slow_starts == 1)
+    assert (tmp_path / "calls").read_text() == "run\nrun\n"
+
+
+def test_flowers_advice_is_left_out_of_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Lines of Flower 1.39, with its colours; an empty line between others is left out too, an empty warning is not."""
+    lines = [
+        "Successfully started run 42\n",
+        "\x1b[93mWARNING \x1b[0m:   Since flwr 1.32, default simulated SuperNodes changed from 10 to 2.\n",
+        "\x1b[92mINFO \x1b[0m:      Federation `@none/default` (4 simulated SuperNodes)\n",
+        "\x1b[92mINFO \x1b[0m:      To change federation size, use the following command:\n",
+        "\x1b[92mINFO \x1b[0m:      \tflwr federation simulation-config @none/default <superlink> --num-supernodes <N>\n",
+        "\x1b[92mINFO \x1b[0m:      \n",
+        "INFO :      \n",
+        "(pid=12829) [mutex.cc : 452] RAW: Lock blocking 0x5561d294b810   @ 0x7f57d6d98752\n",
+        "\x1b[93mWARNING \x1b[0m:   \n",
+        "\x1b[91mERROR \x1b[0m:     x\n",
     ]
-    monkeypatch.setattr(superlink, "_processes", lambda: listing)
-    assert superlink.find_superlink("39091") == 5 and superlink.find_superlink("39092") is None
-    monkeypatch.setattr(superlink, "run_status", lambda: [{"run-id": "9", "status": "running"}])
-    monkeypatch.setenv("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "39091")
-    assert cli.main(["superlink", "stop"]) == 1
-    assert "runs are active on port 39091: 9" in capsys.readouterr().err
+    (tmp_path / "log").write_text("".join(lines))
+    assert simulation.follow(["cat", str(tmp_path / "log")]) == "42"
+    assert capfd.readouterr().out == "".join(lines[i] for i in (0, 2, 8, 9))
 
 
 def test_the_app_is_the_checkout_or_made_from_the_package(tmp_path: Path) -> None:

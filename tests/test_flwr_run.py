@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
+import re
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -98,6 +101,65 @@ def test_a_killed_simulation_is_resumed_to_the_metrics_of_an_unbroken_run(
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     unbroken = run_local(quick(tmp_path / "unbroken", num_server_rounds=40, checkpoint_every=3))
     assert (killed / "metrics.jsonl").read_bytes() == (unbroken.run_dir / "metrics.jsonl").read_bytes()
+
+
+# All that a first run may say: Flower's steps, and ours.
+LINES_OF_A_RUN = re.compile(
+    r"""(
+      (Flower\ configuration\ not\ found|Starting\ local\ SuperLink|Using\ SuperLink|Successfully\ (started|installed)\ ).*
+    | INFO\ *:\ *(
+        (Starting\ (logstream|Flower\ Simulation)|Federation\ `|Run\ directory:).*
+      | Preparing\ 3\ clients:.* | Prepared\ [123]\ of\ 3\ clients
+      | node\ .*connection.*clients | node-[012]\ .*connected\ +[012]:\ prepared
+      | Round\ [012]/2:\ accuracy.* | Final\ accuracy\ .*
+      )
+    | [╭│╰].*
+    | .*client\ \d:\ \d+\ %\ of\ its\ synthetic\ images\ generated  # only where that takes long
+    )?""",
+    re.VERBOSE,
+)
+
+
+def test_a_first_run_behind_a_proxy_has_a_clean_log(tmp_path: Path, flower_environment: dict[str, str]) -> None:
+    """The proxy accepts and never answers: what asked it for this machine would wait. Ray asks it for cloud machines."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        names = ("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        environment = with_programs(flower_environment, Path(sys.executable).parent) | dict.fromkeys(names, address)
+        settings = quick(tmp_path, num_server_rounds=2, num_clients=3, generator__name="diffusion", pictures=True)
+        done = run(["fbl-flower", "run", "-c", str(settings_file(tmp_path, settings))], environment, tmp_path)
+    slow = "This machine is slow or busy. Trying once more.\n"  # Flower then has printed a framed message
+    assert done.returncode == 0 and done.stderr in ("", slow), done.stdout + done.stderr
+    lines = [re.sub(r"\x1b\[\d+m", "", line).strip() for line in done.stdout.splitlines()]
+    assert [line for line in lines if not LINES_OF_A_RUN.fullmatch(line)] == []
+    assert [line[:17] for line in lines if "Round" in line] == [f"INFO :      Round {n}"[:17] for n in range(3)]
+
+
+def test_a_deleted_folder_and_a_closed_terminal(tmp_path: Path, flower_environment: dict[str, str]) -> None:
+    """A SuperLink whose folder is gone is restarted; a closed terminal stops the run and all its processes."""
+    environment = with_programs(flower_environment, Path(sys.executable).parent)
+    (tmp_path / "gone").mkdir()
+    assert run(["flwr", "ls"], environment, tmp_path / "gone").returncode == 0  # starts it
+    (tmp_path / "gone").rmdir()
+    config = settings_file(tmp_path, quick(tmp_path, num_server_rounds=100_000))
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvpe("fbl-flower", ["fbl-flower", "run", "-c", str(config)], environment)
+    seen, deadline = b"", time.monotonic() + TEN_MINUTES / 2
+    while b"Round 2/" not in seen:
+        assert time.monotonic() < deadline, seen.decode()
+        seen += os.read(terminal, 1000)
+    assert f"({tmp_path / 'gone'}) was deleted. It is restarted." in seen.decode()
+    assert _simulations(environment["HOME"])
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) in (1, 130)
+    listed = run(["flwr", "ls", "--format", "json"], environment, tmp_path)
+    (row,) = json.loads(listed.stdout)["runs"]
+    assert row["status"] == "finished:stopped"
+    while left := _simulations(environment["HOME"]):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def test_a_run_that_fails_exits_1_and_bad_input_exits_2(tmp_path: Path, flower_environment: dict[str, str]) -> None:

@@ -172,8 +172,14 @@ FILTER = {"balancing.filter": "neighbours", "balancing.filter-share": 0.3, "bala
 )
 @pytest.mark.parametrize("mixed", [{}, MIXED], ids=["alike", "mixed"])
 def test_what_reaches_the_server_does_not_tell_which_class_is_crowded(
-    tmp_path: Path, server_log: list[str], engine: Callable[..., None], extra: dict[str, Any], mixed: dict[str, Any]
+    tmp_path: Path,
+    server_log: list[str],
+    engine: Callable[..., None],
+    extra: dict[str, Any],
+    mixed: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(client, "_PROGRESS_EVERY_S", 0.0)  # else nothing is said of images that are made so fast
     zero, seven = settings(tmp_path / "zero", 0) | extra | mixed, settings(tmp_path / "nine", 7) | extra | mixed
     for config, crowded in ((zero, 0), (seven, 7)):
         parsed = parse_config(config)

@@ -7,12 +7,20 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fbl_flower.commands.proxies import with_direct_loopback
 from fbl_flower.errors import RunFailed
 
 _PATIENCE_S = 60.0  # from the end of a log to a final status
+
+# Ray's own notes; a user may set them otherwise.
+_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",  # no summary of lines that several clients print
+}
 
 
 def flower_program(name: str) -> str:
@@ -30,7 +38,8 @@ def flower_environment(home: Path | None = None) -> dict[str, str]:
     programs = str(Path(sys.executable).parent)
     own_home = {"FLWR_HOME": str(home)} if home else {}
     return (
-        os.environ
+        _RAY
+        | with_direct_loopback(os.environ)
         | own_home
         | {
             "PATH": programs + os.pathsep + os.environ.get("PATH", ""),
@@ -40,6 +49,13 @@ def flower_environment(home: Path | None = None) -> dict[str, str]:
             "PYTHONUNBUFFERED": "1",
         }
     )
+
+
+def flower_home(environment: Mapping[str, str]) -> Path:
+    """Return the FLWR_HOME of a program with this environment; a relative one counts from its working folder."""
+    if given := environment.get("FLWR_HOME"):
+        return Path(given)
+    return Path(environment.get("HOME") or "~").expanduser() / ".flwr"
 
 
 def neutral_directory() -> Path:
@@ -53,7 +69,10 @@ def run_status(run_id: str | None = None, *, home: Path | None = None) -> list[d
     """Ask the SuperLink for its runs, or for one of them; each has `run-id`, `status` and `status-details`."""
     which = ["--run-id", run_id] if run_id else []
     command = [flower_program("flwr"), "ls", *which, "--format", "json"]
-    done = subprocess.run(command, env=flower_environment(home), cwd=neutral_directory(), capture_output=True, text=True)
+    # A session of its own, here and in `stop_run`: a closed terminal must not end what stops a run.
+    done = subprocess.run(
+        command, env=flower_environment(home), cwd=neutral_directory(), capture_output=True, text=True, start_new_session=True
+    )
     answer = json_answer(done, "flwr ls")
     if not answer.get("success", False):
         raise RunFailed(f"`flwr ls` failed: {answer.get('error-message', answer)}")
@@ -75,7 +94,7 @@ def json_answer(done: subprocess.CompletedProcess[str], name: str) -> dict[str, 
 def stop_run(run_id: str, *, home: Path | None = None) -> None:
     """Stop a run and wait until its processes had time to end."""
     command = [flower_program("flwr"), "stop", run_id]
-    subprocess.run(command, env=flower_environment(home), cwd=neutral_directory(), capture_output=True)
+    subprocess.run(command, env=flower_environment(home), cwd=neutral_directory(), capture_output=True, start_new_session=True)
     final_status(run_id, home=home)
 
 

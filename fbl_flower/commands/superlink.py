@@ -1,59 +1,85 @@
-"""Flower's background SuperLink on this machine: look at it, and stop it. Flower has no command for that."""
+"""Flower's background SuperLink on this machine: check it before a run, and stop it. Flower has no command for that."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
-import subprocess
+import sys
 import time
 from pathlib import Path
 
-from fbl_flower.commands.flower_cli import run_status, stop_run
+from fbl_flower.commands.flower_cli import flower_home, neutral_directory, run_status, stop_run
+from fbl_flower.commands.local_processes import (
+    all_arguments,
+    describe_listener,
+    environment_of,
+    is_listening,
+    owner,
+    user_name,
+    working_folder,
+)
 from fbl_flower.errors import ConfigError, RunFailed
 
+PORT = "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"
+_STOP = "fbl-flower superlink stop"
+_OTHER_PORT = f"To use another port, set {PORT} to the number of a free one."
+_DEFAULT_PORT = "39091"  # Flower's
+_PATIENCE_S = 20.0  # from SIGTERM to the end of a SuperLink
 
-def superlink_port() -> str:
-    """Return the port that decides which SuperLink `flwr run` talks to."""
-    return os.environ.get("FLWR_LOCAL_SUPERLINK_HTTP_API_PORT", "39091")
+
+def superlink_port() -> int:
+    """Return the port that decides which SuperLink `flwr run` talks to.
+
+    Raises:
+        ConfigError: The variable is not a port.
+    """
+    given = os.environ.get(PORT, _DEFAULT_PORT)
+    if not (given.isascii() and given.isdecimal() and 1 <= int(given) <= 65535):
+        raise ConfigError([f"{PORT}: expected a port from 1 to 65535, got {given!r}."])
+    return int(given)
 
 
-def find_superlink(port: str) -> int | None:
+def find_superlink(port: int) -> int | None:
     """Return the process id of the local `flower-superlink` on `port`; None if there is none."""
-    for process, arguments in _processes():
-        programs = {Path(argument).name for argument in arguments[:2]}  # it may stand behind its interpreter
-        if "flower-superlink" in programs and _value_of("--port", arguments) == port:
+    for process, arguments in all_arguments():
+        programs = {Path(argument).name for argument in arguments[:2]}  # the first may be its interpreter
+        if "flower-superlink" in programs and _value_of("--port", arguments) == str(port):
             return process
     return None
 
 
 def check_superlink(app: Path) -> None:
-    """Refuse a SuperLink that was started in a directory with another copy of this code: clients would import that one.
+    """Make sure that a run can use what is on the port: nothing, or a SuperLink of this user with the app's code.
+
+    A SuperLink whose working folder was deleted cannot start a run. It is stopped, and Flower then starts another.
 
     Raises:
-        ConfigError: Names the directory and the way out.
+        RunFailed: Another program or another user's SuperLink is on the port, or runs are active on one that must be restarted.
+        ConfigError: The SuperLink was started in a folder with another copy of this code: clients would import that one.
     """
-    process = find_superlink(superlink_port())
+    port = superlink_port()
+    if not is_listening(port):
+        return
+    process = find_superlink(port)
     if process is None:
+        raise RunFailed(f"port {port}: expected Flower's background SuperLink, got {describe_listener(port)}. {_OTHER_PORT}")
+    if reason := _not_ours(process, port):
+        raise RunFailed(f"{reason} This run does not join it. {_OTHER_PORT}")
+    folder, deleted = working_folder(process)
+    if folder is None:
         return
-    try:
-        started_in = Path(os.readlink(f"/proc/{process}/cwd"))
-    except OSError:  # no such folder outside Linux
+    if deleted:
+        print(f"The folder of the background SuperLink ({folder}) was deleted. It is restarted.", file=sys.stderr, flush=True)
+        stop_superlink()
         return
-    foreign = any((started_in / name).exists() for name in ("client_app.py", "fbl_flower"))
-    if foreign and _code(started_in) != _code(app):
+    has_code = any((folder / name).exists() for name in ("client_app.py", "fbl_flower"))
+    if has_code and _code(folder) != _code(app):
         raise ConfigError(
             [
-                f"the background SuperLink (process {process}) was started in {started_in}, and its clients would "
-                f"import the code there, not that of {app}; stop it with `fbl-flower superlink stop`"
+                f"the background SuperLink (process {process}) was started in {folder}, and its clients would "
+                f"import the code there, not that of {app}; stop it with `{_STOP}`"
             ]
         )
-
-
-def _code(folder: Path) -> dict[str, bytes]:
-    """Return what clients would import from `folder`, by name."""
-    files = [folder / "client_app.py", *(folder / "fbl_flower").rglob("*.py")]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.is_file() and "_app" not in file.parts}
 
 
 def stop_superlink(*, force: bool = False) -> str:
@@ -63,44 +89,72 @@ def stop_superlink(*, force: bool = False) -> str:
         force: Stop the runs that are still active first; without it they are a reason to refuse.
 
     Raises:
-        RunFailed: Runs are active, or the process is another user's, or does not end.
+        RunFailed: Runs are active, or the SuperLink is not this user's, or does not end.
     """
     port = superlink_port()
     process = find_superlink(port)
     if process is None:
-        return f"no background SuperLink on port {port}"
-    try:
-        os.kill(process, 0)
-    except PermissionError as error:
-        raise RunFailed(f"the SuperLink on port {port} (process {process}) is another user's; it may not be stopped") from error
+        others = f"; the port is used by {describe_listener(port)}" if is_listening(port) else ""
+        return f"no background SuperLink on port {port}{others}"
+    if reason := _not_ours(process, port):
+        raise RunFailed(f"{reason} It is not stopped. Only its owner can, with its FLWR_HOME.")
     active = [row["run-id"] for row in run_status() if not row["status"].startswith("finished")]
     if active and not force:
-        raise RunFailed(f"runs are active on port {port}: {', '.join(active)}; wait, `flwr stop` them, or use --force")
+        raise RunFailed(
+            f"runs are active on port {port}: {', '.join(active)}. Wait for them, stop each with `flwr stop ID`, or stop all "
+            f"with `{_STOP} --force`."
+        )
     for run_id in active:
         stop_run(run_id)  # first, or their processes would outlive the SuperLink
     os.kill(process, signal.SIGTERM)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + _PATIENCE_S
     while find_superlink(port) == process:
         if time.monotonic() > deadline:
-            raise RunFailed(f"the SuperLink on port {port} (process {process}) did not end within 20 s")
+            raise RunFailed(f"the SuperLink on port {port} (process {process}) did not end within {_PATIENCE_S:g} s")
         time.sleep(0.2)
     return f"stopped the background SuperLink on port {port} (process {process})"
 
 
-def _processes() -> list[tuple[int, list[str]]]:
-    """List the processes of this machine with their arguments."""
-    if Path("/proc/self/cmdline").exists():
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                arguments = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # it ended meanwhile, or is none of ours
-                continue
-            found.append((int(folder.name), arguments))
-        return found
-    listing = subprocess.run(["ps", "-axo", "pid=,args="], capture_output=True, text=True).stdout
-    return [(int(line.split()[0]), line.split()[1:]) for line in listing.splitlines() if line.strip()]
+def _not_ours(process: int, port: int) -> str:
+    """Return why a SuperLink is not to be used from here, and "" for one of this user and this FLWR_HOME."""
+    name = f"port {port}: the SuperLink there (process {process})"
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        pass
+    except ProcessLookupError:  # it has just ended
+        return ""
+    else:
+        home = _home_of(process)
+        if owner(process) in (None, os.geteuid()):
+            ours = (neutral_directory() / flower_home(os.environ)).resolve()
+            return "" if home in (None, ours) else f"{name} is of another FLWR_HOME: expected {ours}, got {home}."
+    uid = owner(process)
+    return f"{name} is of another user{'' if uid is None else f' ({user_name(uid)})'}."
+
+
+def _home_of(process: int) -> Path | None:
+    """Return the FLWR_HOME of a process; None if it is unknown."""
+    environment = environment_of(process)
+    if environment is None:
+        return None
+    if not (environment.get("FLWR_HOME") or environment.get("HOME")):
+        return None
+    folder, _ = working_folder(process)
+    return ((folder or Path()) / flower_home(environment)).resolve()
+
+
+def _code(folder: Path) -> dict[str, bytes]:
+    """Return what clients would import from `folder`, by name."""
+    files = [folder / "client_app.py", *(folder / "fbl_flower").rglob("*.py")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.is_file() and "_app" not in file.parts}
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
-    return next((value for name, value in itertools.pairwise(arguments) if name == flag), None)
+    """Return the value in `--flag value` or `--flag=value`."""
+    for position, argument in enumerate(arguments):
+        if argument == flag and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None

@@ -37,6 +37,7 @@ from fbl_flower.training.schedule import scheduled
 app = ClientApp()
 _log = logging.getLogger("fbl_flower.client")  # not Flower's logger, whose lines may reach the server
 Handler = Callable[[Message, Context], Message]
+_PROGRESS_EVERY_S = 15.0  # while a client generates; one that is faster says nothing, because the server counts the prepared
 CLIENT_FAILED = 2  # the code that Flower itself sends when a ClientApp raises
 
 
@@ -252,13 +253,15 @@ def _prepared(
         _log.setLevel(logging.INFO)
         _log.propagate = False
 
-    told = 0
+    told, told_at = 0, time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        nonlocal told
-        for quarter in range(told + 1, 4 * done // total + 1):  # shares only: a simulation passes these lines on to the server
+        nonlocal told, told_at
+        quarter = 4 * done // total
+        if quarter > told and time.monotonic() - told_at >= _PROGRESS_EVERY_S:
+            # Shares only: a simulation passes these lines on to the server.
             _log.info("client %d: %d %% of its synthetic images generated", client, 25 * quarter)
-            told = quarter
+            told, told_at = quarter, time.monotonic()
 
     readiness = Readiness(config, client, state_dir=state_dir, own_folder=own_folder, capability=capability)
     with explained():

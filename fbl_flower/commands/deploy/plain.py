@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from fbl_flower.commands.deploy.files import private_folder
 from fbl_flower.commands.flower_cli import flower_environment, flower_program
+from fbl_flower.commands.proxies import loopback_exceptions
 
 _QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # torch would be installed anew for each run
@@ -32,7 +33,7 @@ class PlainCommand:
     arguments: Sequence[str]
     home: Path
     directory: Path | None = None
-    environment: Mapping[str, str] = field(default_factory=lambda: dict(_QUIET))
+    environment: Mapping[str, str] = field(default_factory=lambda: _QUIET | loopback_exceptions(os.environ))
 
     @property
     def text(self) -> str:
