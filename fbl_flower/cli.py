@@ -115,6 +115,10 @@ def _generator(options: argparse.Namespace) -> None:
             generator_commands.quantize(options)
         case "gallery":
             generator_commands.draw_gallery(options)
+        case "tune":
+            from fbl_flower.commands.quality import tune
+
+            tune(options)
         case _:
             from fbl_flower.commands.quality import quality
 
@@ -166,6 +170,11 @@ def numbers(text: str) -> tuple[int, ...]:
     if min(found) < 0 or len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: whole numbers >= 0 between commas, each once")
     return found
+
+
+def decimals(text: str) -> tuple[float, ...]:
+    """Read numbers between commas."""
+    return tuple(float(part) for part in text.split(","))
 
 
 def widths(text: str) -> tuple[int, ...]:
@@ -251,8 +260,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     quality.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="such as 0,1,2")
     quality.add_argument("--evaluate-on", choices=("test", "validation"), default="test", help="the real images that judge")
-    quality.add_argument("--epochs", type=int, default=60, help="of the classifiers that measure (default: 60)")
     quality.add_argument("--out", type=Path, metavar="FILE.json", help="write the measurements there too")
+    tune = actions.add_parser("tune", help="choose steps and guidance on validation images, and write them into recipe.json")
+    tune.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="the generator (default: the bundled one)")
+    tune.add_argument("--steps", type=numbers, default=(4, 8, 16), metavar="LIST", help="candidates (default: 4,8,16)")
+    tune.add_argument(
+        "--guidance", type=decimals, default=(1.0, 1.5, 2.0), metavar="LIST", help="candidates (default: 1,1.5,2)"
+    )
+    tune.add_argument("--seeds", type=numbers, default=(0, 1), help="of images and classifiers (default: 0,1)")
+    tune.add_argument(
+        "--images", type=int, default=0, metavar="N", help="for each candidate and seed (default: as many as public images)"
+    )
+    tune.add_argument("--dry-run", action="store_true", help="write nothing into recipe.json")
+    tune.add_argument("--out", type=Path, metavar="FILE.json", help="write the measurements there too")
     pictures = actions.add_parser("gallery", help="real and synthetic images of each class, side by side, as PNG")
     pictures.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="the generator (default: the bundled one)")
     pictures.add_argument("--out", type=Path, default=Path("gallery.png"), metavar="FILE.png", help="picture to write")
@@ -264,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     of_generator.add_argument("--images", type=int, default=100, metavar="N", help="images to make (default: 100)")
     of_generator.add_argument("--epoch-images", type=int, default=2500, metavar="N", help="images of the epoch (default: 2500)")
     of_generator.add_argument("--out", type=Path, metavar="FILE.json", help="write the measurements there too")
-    for action in (train, quality, pictures, of_generator):
+    for action in (train, quality, tune, pictures, of_generator):
         action.add_argument("--data", default="mnist5k", metavar="NAME", help="data set (default: mnist5k)")
         action.add_argument("--data-path", metavar="FILE", help="its file or folder, if it needs one")
         action.add_argument(

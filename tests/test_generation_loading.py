@@ -11,12 +11,15 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_generation_support import refused, tiny_generator
 
 from fbl_flower.config import parse_config
+from fbl_flower.config.sections import GeneratorConfig
 from fbl_flower.data.datasets import load_parts
 from fbl_flower.data.readers.download import DEBIAN_FASHION_MNIST
-from fbl_flower.errors import GeneratorError
+from fbl_flower.errors import ConfigError, GeneratorError
 from fbl_flower.generation.diffusion import DiffusionGenerator
 from fbl_flower.generation.loading import (
     bundled_generator,
@@ -24,10 +27,12 @@ from fbl_flower.generation.loading import (
     check_generator_files,
     generator_folder,
     load_generator,
+    sampling_of,
 )
 from fbl_flower.generation.public import PublicImages
 from fbl_flower.generation.quantization import WEIGHTS
-from fbl_flower.generation.recipe import check_files, file_sha256, read_info
+from fbl_flower.generation.recipe import check_files, file_sha256, read_info, write_sampling
+from fbl_flower.generation.sampling_defaults import Sampling, parse_sampling, resolve_sampling
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +56,95 @@ def test_the_configured_generator_is_loaded(folder):
     assert check_generator(config, parts) == []
     generator = load_generator(config, parts)
     assert isinstance(generator, DiffusionGenerator)
-    direct = DiffusionGenerator.load(folder, steps=3, guidance=config.generator.guidance, batch_size=5)
+    direct = DiffusionGenerator.load(folder, steps=3, guidance=1.5, batch_size=5)
     assert generator.fingerprint == direct.fingerprint
     assert torch.equal(generator.generate([1], [2]), direct.generate([1], [2]))
+
+
+def put_sampling(folder, entry):
+    """Write an entry `sampling` into a recipe; text is put there as it is, for what no JSON writer writes."""
+    raw = json.loads((folder / "recipe.json").read_text())
+    text = entry if isinstance(entry, str) else json.dumps(entry)
+    (folder / "recipe.json").write_text(json.dumps(raw | {"sampling": "HERE"}).replace('"HERE"', text))
+
+
+@pytest.mark.parametrize(
+    ("settings", "used"),
+    [
+        ({}, Sampling(steps=6, guidance=3.0)),
+        ({"generator__steps": 2}, Sampling(steps=2, guidance=3.0)),
+        ({"generator__guidance": 1.0}, Sampling(steps=6, guidance=1.0)),
+        ({"generator__steps": 6, "generator__guidance": 3.0}, Sampling(steps=6, guidance=3.0)),
+    ],
+)
+def test_settings_of_zero_are_the_generators_own(folder, settings, used):
+    put_sampling(folder, {"steps": 6, "guidance": 3, "chosen_on": {"judge_accuracy": 0.9}})
+    config, parts = configure(folder, **settings)
+    assert sampling_of(config, parts) == used
+    direct = DiffusionGenerator.load(folder, steps=used.steps, guidance=used.guidance, batch_size=32)
+    assert load_generator(config, parts).fingerprint == direct.fingerprint
+
+
+def test_a_recipe_of_an_earlier_version_means_8_steps_at_1_5(folder):
+    assert "sampling" not in json.loads((folder / "recipe.json").read_text()) and read_info(folder).sampling is None
+    config, parts = configure(folder)
+    assert sampling_of(config, parts) == Sampling(steps=8, guidance=1.5)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"steps": 0, "guidance": 2.0}, "sampling: steps: expected a whole number from 1 to 1000, got 0"),
+        ({"steps": 4.0, "guidance": 2.0}, "sampling: steps: expected a whole number from 1 to 1000, got 4.0"),
+        ({"steps": True, "guidance": 2.0}, "sampling: steps: expected a whole number from 1 to 1000, got True"),
+        ('{"steps": 4, "guidance": NaN}', "sampling: guidance: expected a number from 1 to 20, got nan"),
+        ('{"steps": 4, "guidance": 1e999}', "sampling: guidance: expected a number from 1 to 20, got inf"),
+        ({"steps": 4, "guidance": "2"}, "sampling: guidance: expected a number from 1 to 20, got '2'"),
+        ({"steps": 4, "guidance": 0.5}, "sampling: guidance: expected a number from 1 to 20, got 0.5"),
+        ('{"steps": 4, "guidance": 2, "chosen_on": {"x": NaN}}', "sampling: chosen_on: expected a JSON object"),
+        ({"steps": 4, "guidance": 2, "chosen_on": [1]}, "sampling: chosen_on: expected a JSON object"),
+        ({"steps": 4}, "sampling: expected an object with steps, guidance and chosen_on"),
+        ({"steps": 4, "guidance": 2, "stpes": 8}, "sampling: expected an object with steps, guidance and chosen_on"),
+        ([4, 2.0], "sampling: expected an object with steps, guidance and chosen_on"),
+        ({}, "sampling: expected an object with steps, guidance and chosen_on"),
+    ],
+)
+def test_a_bad_sampling_entry_names_the_file(folder, entry, message):
+    put_sampling(folder, entry)
+    refused(*configure(folder), f"generator: {folder / 'recipe.json'}: {message}", "delete it and run")
+
+
+def test_a_chosen_sampling_is_written_and_read_again(folder):
+    info, before = read_info(folder), json.loads((folder / "recipe.json").read_text())
+    (folder / "recipe.json").chmod(0o640)
+    chosen = Sampling(steps=5, guidance=1.25, chosen_on={"candidates": [{"accuracy": 0.5}]})
+    write_sampling(folder, chosen, measured=info)
+    assert read_info(folder).sampling == chosen and (folder / "recipe.json").stat().st_mode & 0o777 == 0o640
+    after = json.loads((folder / "recipe.json").read_text())
+    assert after.pop("sampling") == dataclasses.asdict(chosen) and after == before
+    assert [file.name for file in folder.iterdir() if file.name.endswith(".part")] == []
+    quantised_elsewhere = dataclasses.replace(info, files=dict(info.files) | {WEIGHTS: "0" * 64})
+    with pytest.raises(GeneratorError, match=f"{folder} has changed since it was measured"):
+        write_sampling(folder, chosen, measured=quantised_elsewhere)
+
+
+@given(steps=st.integers(1, 1000), guidance=st.floats(1, 20))
+def test_every_allowed_sampling_survives_a_recipe(steps, guidance):
+    sampling = Sampling(steps=steps, guidance=guidance)
+    assert parse_sampling(json.loads(json.dumps(dataclasses.asdict(sampling)))) == sampling
+    assert resolve_sampling(GeneratorConfig(steps=steps, guidance=guidance), Sampling(steps=1, guidance=1.0)) == sampling
+
+
+def test_text_to_image_has_defaults_of_its_own():
+    settings = GeneratorConfig(name="text-to-image")
+    assert resolve_sampling(settings, None) == Sampling(steps=8, guidance=2.0)
+    assert resolve_sampling(dataclasses.replace(settings, steps=1, guidance=1.0), None) == Sampling(steps=1, guidance=1.0)
+
+
+@pytest.mark.parametrize("guidance", [0.5, 0.999, 1e-9])
+def test_a_guidance_between_zero_and_one_is_refused(guidance):
+    with pytest.raises(ConfigError, match=r"generator.guidance: expected 0 \(the generator's own\) or 1 to 20, got"):
+        parse_config({"generator.guidance": guidance})
 
 
 def test_a_missing_folder(folder):

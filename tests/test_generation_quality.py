@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 
 import pytest
 import torch
 from test_generation_support import digits, two_class_parts
 
 from fbl_flower.data.examples import Examples
-from fbl_flower.errors import GeneratorError
-from fbl_flower.generation.public import PublicImages
-from fbl_flower.generation.quality import (
+from fbl_flower.errors import GeneratorError, RunFailed
+from fbl_flower.generation.measures import (
     Classifier,
     Nearest,
-    Quality,
-    SeedQuality,
-    _spread,
-    compare,
+    check_judge,
     frechet_distance,
-    measure_quality,
     nearest_training_image,
+    spread,
 )
+from fbl_flower.generation.public import PublicImages
+from fbl_flower.generation.quality import Quality, SeedQuality, compare, labels_to_make, measure_quality
 
 
 def centroid_classifier(examples: Examples, seed: int) -> Classifier:
@@ -104,7 +102,7 @@ def test_frechet_distance_by_hand():
 def test_spread_by_hand():
     # class 0: distances 1, 3, 2 with mean 2; class 1: 4; class 2 has no pair
     features = torch.tensor([[0.0], [1.0], [3.0], [0.0], [4.0], [7.0]])
-    assert _spread(features, torch.tensor([0, 0, 0, 1, 1, 2])) == pytest.approx((2 + 4) / 2)
+    assert spread(features, torch.tensor([0, 0, 0, 1, 1, 2])) == pytest.approx((2 + 4) / 2)
 
 
 def test_real_images_in_the_generators_place_score_as_real_and_as_copies():
@@ -165,7 +163,7 @@ def test_the_table_has_every_measure_and_every_seed():
     names = [line.split("|")[1].strip() for line in table[2:]]
     assert names == [
         "ratio", "synthetic accuracy", "public accuracy", "agreement", "diversity", "frechet", "nearest", "nearest min", "copies",
-        "images per second", "bytes on disk", "peak memory, MiB",
+        "images per second", "sampling", "bytes on disk", "peak memory, MiB",
     ]  # fmt: skip
     assert table[10].startswith("| copies | 1.000 | 1.000 | 1.000 | 0.")
     assert table[-2:] == ["| bytes on disk | 4321 |  |  |  |", "| peak memory, MiB | 88 |  |  |  |"]
@@ -212,9 +210,54 @@ def test_no_seeds_and_no_images_are_refused():
         measure_quality(PublicImages(parts), one_of_each, train_classifier=centroid_classifier)
 
 
-def test_a_network_that_gets_nothing_right_gives_no_ratio():
-    one = SeedQuality(
-        seed=0, synthetic_accuracy=0.5, public_accuracy=0.0, agreement=0.0, diversity=1.0, frechet=0.0, nearest=0.0, nearest_min=0.0,
-        copies=0.0, images_per_second=1.0,
-    )  # fmt: skip
-    assert math.isnan(one.ratio)
+def test_an_undefined_measure_is_none_in_json_and_blank_in_tables():
+    """Real images that are all alike have no spread; a network that is never right has no ratio."""
+    parts = two_class_parts()
+    same = Examples.real(
+        torch.tensor([0, 0, 255, 255], dtype=torch.uint8).view(4, 1, 1, 1).repeat(1, 1, 4, 4), torch.tensor([0, 0, 1, 1])
+    )
+    parts = dataclasses.replace(parts, test=same, validation=same)
+    quality = measure_quality(Fixed(), parts, train_classifier=centroid_classifier, seeds=(0, 1))
+    assert quality.mean("diversity") is None and quality.mean("ratio") == 1
+    written = json.loads(json.dumps(quality.as_json(), allow_nan=False))
+    assert written["mean"]["diversity"] is None and [one["diversity"] for one in written["per_seed"]] == [None, None]
+    assert [one["ratio"] for one in written["per_seed"]] == [1, 1] and written["judge_accuracy"] == 1
+    assert "| diversity |  |  |  | 1.000 |" in quality.as_markdown().splitlines()
+    assert "| diversity |  |  | 1.000 |" in compare({"a": quality, "b": quality}).splitlines()
+    never = dataclasses.replace(quality.per_seed[0], public_accuracy=0.0)
+    assert never.ratio is None and dataclasses.replace(quality, per_seed=(never, *quality.per_seed)).mean("ratio") is None
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "accuracy", "learned"), [(10, 0.18, False), (10, 0.2, True), (2, 0.54, False), (2, 0.56, True)]
+)
+def test_a_judge_must_be_better_than_chance(num_classes, accuracy, learned):
+    """A tenth of the way from chance: 0.1 + 0.09 of ten classes, 0.5 + 0.05 of two."""
+    if learned:
+        check_judge(accuracy, num_classes=num_classes)
+        return
+    with pytest.raises(RunFailed, match=f"right on only {100 * accuracy:.1f} % .* by chance on {100 / num_classes:.1f} %"):
+        check_judge(accuracy, num_classes=num_classes)
+
+
+def test_nothing_is_generated_for_a_judge_that_has_not_learned():
+    def blind(examples: Examples, seed: int) -> Classifier:
+        return Classifier(
+            predict=lambda images: torch.ones(len(images), 10), features=lambda images: torch.ones(len(images), 2)
+        )
+
+    class Unused:
+        def generate(self, labels, seeds):
+            pytest.fail("worked")
+
+    with pytest.raises(RunFailed, match="cannot measure a generator"):
+        measure_quality(Unused(), digits(), train_classifier=blind)
+
+
+def test_a_part_of_the_public_labels_is_drawn_without_repetition():
+    parts = two_class_parts()
+    assert labels_to_make(parts).tolist() == labels_to_make(parts, 12).tolist() == [0] * 6 + [1] * 6
+    some = labels_to_make(parts, 11)
+    assert len(some) == 11 and some.sum() in (5, 6) and some.tolist() == labels_to_make(parts, 11).tolist()
+    with pytest.raises(GeneratorError, match="expected at most 12 images, one for each public image, got 13"):
+        labels_to_make(parts, 13)

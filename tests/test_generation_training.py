@@ -173,6 +173,48 @@ def test_a_training_that_diverges_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("_network", "weights: conv_in.weight is not finite"),
+        ("average", "average of the weights: conv_in.weight is not finite"),
+    ],
+)
+@pytest.mark.parametrize("checkpoint_every", [1, 100])
+def test_weights_that_are_not_finite_are_never_written(tmp_path, monkeypatch, where, message, checkpoint_every):
+    """Broken in the last step: before the folder is written, and before a checkpoint is."""
+    step = Training.step
+
+    def breaking(self):
+        step(self)
+        if self.steps_done == TINY.steps:
+            getattr(self, where).get_parameter("conv_in.weight").data[0, 0, 0, 0] = math.inf
+
+    monkeypatch.setattr(Training, "step", breaking)
+    with pytest.raises(GeneratorError, match=message):
+        train_generator(digits(), recipe=TINY, out=tmp_path / "g", checkpoint_every=checkpoint_every)
+    assert not (tmp_path / "g").exists()
+    left = TrainingCheckpoint(tmp_path / "g.training", recipe=TINY, public_sha256=digits().public_sha256).read()
+    assert left is None if checkpoint_every == 100 else left.steps_done == 1
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training(tmp_path, monkeypatch):
+    """The loss is finite, and its derivative is not: sqrt at zero."""
+    loss = training.flow_loss
+    monkeypatch.setattr(training, "flow_loss", lambda *a: loss(*a).detach() + (0 * loss(*a)).sqrt())
+    with pytest.raises(GeneratorError, match="the gradient of step 1 is not finite"):
+        train_generator(digits(), recipe=TINY, out=tmp_path / "g")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_averaged_network_without_a_finite_loss_is_not_written(tmp_path, monkeypatch):
+    """Weights so large that the network overflows are finite themselves."""
+    monkeypatch.setattr(Training, "average_loss", lambda self, images: math.inf)
+    with pytest.raises(GeneratorError, match="the loss of the averaged weights is not finite"):
+        train_generator(digits(), recipe=TINY, out=tmp_path / "g")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_processes_do_not_train_one_generator(tmp_path):
     (tmp_path / "g.training").mkdir()
     claim = Claim(tmp_path / "g.training", patience=0.0)

@@ -76,7 +76,8 @@ def metrics_of(settings: dict[str, Any]) -> dict[str, Any]:
 def test_numbers_are_those_of_the_golden_files(data: str, tmp_path: Path) -> None:
     common = SETS[data] | {
         "num-clients": 4, "num-server-rounds": 2, "train.epochs": 1, "train.precision": "fp32", "device": "cpu",
-        "num-threads": 1, "pictures": False, "output-dir": str(tmp_path / "runs"), "state-dir": str(tmp_path / "state"),
+        "num-threads": 1, "pictures": False, "generator.steps": 4, "generator.guidance": 2.0,
+        "output-dir": str(tmp_path / "runs"), "state-dir": str(tmp_path / "state"),
     }  # fmt: skip
     file = FOLDER / f"{data}.json"
     write = bool(os.environ.get("FBL_WRITE_GOLDEN"))

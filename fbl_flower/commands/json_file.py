@@ -41,11 +41,13 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON; a reader sees the old file or the new one.
 
     Raises:
+        ValueError: A number is not finite, which JSON does not know; what is undefined has to be None.
         RunFailed: The disk is full, or may not be written; nothing is left behind.
     """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     try:
         with replacing(path) as part:
-            part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
         raise unwritable_file(path, error) from error
 

@@ -1,31 +1,32 @@
-"""`fbl-flower generator quality`: what generators are worth, as tables."""
+"""`fbl-flower generator quality` and `tune`: what generators are worth, and the best steps and guidance of one."""
 
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
 from fbl_flower.commands.bench import measure
 from fbl_flower.commands.generator import configuration_of, size_of
 from fbl_flower.commands.json_file import check_place, write_json
+from fbl_flower.commands.overrides import read_overrides
 from fbl_flower.config import RunConfig
-from fbl_flower.data.batches import to_float
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import Examples
 from fbl_flower.errors import ConfigError, RunFailed
-from fbl_flower.generation.loading import generator_folder, load_generator
-from fbl_flower.generation.quality import Classifier, Quality, compare, measure_quality
-from fbl_flower.models import check_model
-from fbl_flower.training.central import train_centrally
+from fbl_flower.generation.loading import generator_folder, load_generator, sampling_of
+from fbl_flower.generation.measures import Classifier, TrainClassifier
+from fbl_flower.generation.protocol import ImageGenerator
+from fbl_flower.generation.quality import Quality, compare, measure_quality
+from fbl_flower.generation.recipe import check_recipe_writable, read_info, write_sampling
+from fbl_flower.generation.sampling_defaults import Sampling
+from fbl_flower.generation.tuning import tune_sampling
+from fbl_flower.training.judge import describe_judge, train_judge
 
-_BATCH = 250  # images that a measuring classifier sees at once
-_NO_JUDGE = 0.1  # of the way from chance to no error: a judge below that has not learned
 _COST_IMAGES = 100  # made in a process of its own, whose memory is measured
 
 
@@ -34,39 +35,109 @@ def quality(options: argparse.Namespace) -> None:
     folders = options.folders or [None]
     configs = [configuration_of(options, folder=folder) for folder in folders]
     check_place(options.out)
-    if options.epochs < 1:
-        raise ConfigError([f"--epochs: got {options.epochs}; allowed: whole number >= 1"])
+    _tell_unused(options)
     parts = load_parts(configs[0].data)
-    check_model(configs[0].model, image_size=parts.image_size)
     torch.set_num_threads(options.threads)
     places = [generator_folder(config, parts) for config in configs]
     generators = [load_generator(config, parts) for config in configs]  # all of them, before the first hour of work
-    train_classifier = functools.partial(_train_classifier, configs[0], parts, options.epochs, {})
+    train_classifier = _remembering(configs[0], parts)
     measured: dict[str, Quality] = {}
     for config, place, generator in zip(configs, places, generators, strict=True):
         start = time.perf_counter()
         on_disk = config.generator.name != "public-images"
-        peak_mb = (
-            _peak_mb(config, parts, options.threads) if on_disk else None
-        )  # first: it tells what fails before the long work
+        # first: it tells what fails before the long work
+        peak_mb = _peak_mb(config, parts, options.threads) if on_disk else None
         one = measure_quality(
             generator, parts, train_classifier=train_classifier, seeds=options.seeds, evaluate_on=options.evaluate_on
         )
         name = str(place) if on_disk else config.generator.name
-        measured[name] = one = replace(one, num_bytes=size_of(place) if on_disk else None, peak_mb=peak_mb)
-        print(f"{name}\n\n{one.as_markdown()}\n\nmeasured in {time.perf_counter() - start:.0f} s\n", flush=True)
-        chance = 1 / parts.info.num_classes
-        if one.judge_accuracy < chance + _NO_JUDGE * (1 - chance):
-            print(
-                f"fbl-flower: the network that judges gives only {100 * one.judge_accuracy:.0f} % of the real images their label: nothing here "
-                "can be relied on; train longer (--epochs), or choose another (such as -c 'model.stem=\"32x32\"' for small images)",
-                file=sys.stderr,
-            )
+        if on_disk:
+            one = replace(one, sampling=str(sampling_of(config, parts)), num_bytes=size_of(place), peak_mb=peak_mb)
+        measured[name] = one
+        print(f"{name}\n\n{one.as_markdown()}\n")
+        print(f"The judge is right on {100 * one.judge_accuracy:.1f} % of the real {one.evaluated_on} images.")
+        print(f"measured in {time.perf_counter() - start:.0f} s\n", flush=True)
         if options.out is not None:
-            report = {name: asdict(quality) for name, quality in measured.items()}
-            write_json(options.out, {"epochs": options.epochs, "generators": report})
+            report = {name: quality.as_json() for name, quality in measured.items()}
+            write_json(options.out, {"judge": describe_judge(), "generators": report})
     if len(measured) > 1:
         print(compare(measured))
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Measure steps and guidance on validation images, and write the best into the generator's recipe."""
+    config = configuration_of(options, folder=options.folder, found=_tuning_problems(options))
+    candidates = [Sampling(steps=steps, guidance=guidance) for steps in options.steps for guidance in options.guidance]
+    if config.generator.name != "diffusion":
+        raise ConfigError([f"generator.name: got {config.generator.name!r}; only diffusion generators have a recipe to tune"])
+    check_place(options.out)
+    _tell_unused(options)
+    parts = load_parts(config.data)
+    torch.set_num_threads(options.threads)
+    folder = generator_folder(config, parts)
+
+    def load(sampling: Sampling) -> ImageGenerator:
+        chosen = replace(config.generator, steps=sampling.steps, guidance=sampling.guidance)
+        return load_generator(replace(config, generator=chosen), parts)
+
+    load(candidates[0])  # what is wrong with the folder is told before the long work
+    info = read_info(folder)
+    if not options.dry_run:
+        check_recipe_writable(folder)
+    found = tune_sampling(
+        load,
+        candidates,
+        parts,
+        train_classifier=_remembering(config, parts),
+        seeds=options.seeds,
+        num_images=options.images,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    chosen_on = {"data": parts.info.name, "weights": info.weights, **found.as_json()}
+    best = replace(found.chosen.sampling, chosen_on=chosen_on)
+    print(
+        f"{folder}: {found.num_images} images under {len(found.seeds)} seeds, against {found.num_validation} validation images\n"
+    )
+    print(found.as_markdown())
+    print(
+        f"\nThe judge is right on {100 * found.judge_accuracy:.1f} % of the real validation images.\n"
+        f"{best}: the fewest evaluations of the network within one standard error ({found.standard_error:.4f}) "
+        f"of the highest accuracy ({found.best.accuracy:.3f})"
+    )
+    if options.out is not None:
+        write_json(options.out, {"judge": describe_judge(), "steps": best.steps, "guidance": best.guidance, **chosen_on})
+    if options.dry_run:
+        print("dry run: nothing was written into the recipe")
+    else:
+        write_sampling(folder, best, measured=info)
+        print(f"written to {folder / 'recipe.json'}")
+
+
+def _tuning_problems(options: argparse.Namespace) -> list[str]:
+    problems = []
+    for name, values in (("steps", options.steps), ("guidance", options.guidance)):
+        if len(set(values)) < len(values):
+            problems.append(f"--{name}: expected each value once, got {', '.join(f'{value:g}' for value in values)}")
+        for value in dict.fromkeys(values):
+            try:
+                Sampling(**{"steps": 1, "guidance": 1.0} | {name: value})
+            except ValueError as error:
+                problems.append(f"--{error}")
+    if options.images < 0:
+        problems.append(f"--images: expected a whole number >= 0, got {options.images}")
+    asked = read_overrides(options.config)
+    problems += [
+        f"{key}: the candidates are given with --{key.removeprefix('generator.')}"
+        for key in ("generator.steps", "generator.guidance")
+        if key in asked
+    ]
+    return problems
+
+
+def _tell_unused(options: argparse.Namespace) -> None:
+    """Say which settings of -c play no part: the judge has a recipe of its own."""
+    if unused := [key for key in read_overrides(options.config) if key.startswith(("model.", "train."))]:
+        print(f"fbl-flower: {', '.join(unused)}: not used; the judge has a recipe of its own", file=sys.stderr)
 
 
 def _peak_mb(config: RunConfig, parts: DataParts, threads: int) -> float | None:
@@ -77,27 +148,16 @@ def _peak_mb(config: RunConfig, parts: DataParts, threads: int) -> float | None:
     return cost.peak_mb
 
 
-def _train_classifier(
-    config: RunConfig, parts: DataParts, epochs: int, known: dict[tuple[str, int], Classifier], examples: Examples, seed: int
-) -> Classifier:
-    """Train the run's network, as `TrainClassifier` wants; `known` holds those trained before, by their images and seed."""
-    digest = hashlib.sha256(examples.images.numpy().tobytes())
-    digest.update(examples.labels.numpy().tobytes())
-    key = digest.hexdigest(), seed
-    if key in known:
+def _remembering(config: RunConfig, parts: DataParts) -> TrainClassifier:
+    """Return what trains the judge's network, once for the same images and seed."""
+    known: dict[tuple[str, int], Classifier] = {}
+
+    def train_classifier(examples: Examples, seed: int) -> Classifier:
+        digest = hashlib.sha256(examples.images.numpy().tobytes())
+        digest.update(examples.labels.numpy().tobytes())
+        key = digest.hexdigest(), seed
+        if key not in known:
+            known[key] = train_judge(config, parts, examples, seed)
         return known[key]
-    model = train_centrally(config, parts, examples, epochs=epochs, seed=seed).eval()
-    device = next(model.parameters()).device
 
-    @torch.no_grad()
-    def features(images: torch.Tensor) -> torch.Tensor:
-        batches = torch.split(images, _BATCH)
-        return torch.cat([model.features(to_float(batch.to(device))).float().cpu() for batch in batches])
-
-    @torch.no_grad()
-    def predict(images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = model.head(features(images).to(device))
-        return logits.cpu()
-
-    known[key] = Classifier(predict=predict, features=features)
-    return known[key]
+    return train_classifier

@@ -159,8 +159,10 @@ class GeneratorConfig:
         "", "directory of a generator; empty: the one that comes with the data set; text-to-image always needs a directory"
     )
     trained_on: str = option("", "data set that the generator was trained on; empty: the federation's own")
-    steps: int = option(4, "denoising steps per image", low=1, high=1000)
-    guidance: float = option(2.0, "classifier-free guidance; 1: none", low=1.0, high=20.0)
+    steps: int = option(0, "denoising steps per image; 0: the generator's own", low=0, high=1000)
+    guidance: float = option(
+        0.0, "classifier-free guidance; 0: the generator's own, 1: none; nothing between the two", low=0.0, high=20.0
+    )
     batch_size: int = option(32, "images generated together; fewer where memory is short", low=1)
     memory_limit: int = option(0, "MiB for the images that are made together; 0: half of the free memory", low=0)
     time_budget: float = option(

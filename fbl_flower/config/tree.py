@@ -151,6 +151,9 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
         found.append((("generator.name", "generator.path"), text))
     if g.resolution % 8:
         found.append((("generator.resolution",), f"generator.resolution: got {g.resolution}; allowed: 0, or a multiple of 8"))
+    if 0 < g.guidance < 1:
+        text = f"generator.guidance: expected 0 (the generator's own) or 1 to 20, got {g.guidance}"
+        found.append((("generator.guidance",), text))
     if g.image_to_image and g.name != "text-to-image":
         text = f"generator.image-to-image: true, but generator.name is {g.name!r}; only text-to-image can start from images"
         found.append((("generator.image-to-image", "generator.name"), text))

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.finite import check_finite
 from fbl_flower.generation.network import build_network, read_network_config
 from fbl_flower.generation.new_folder import new_folder
 from fbl_flower.generation.quantization import BITS, LAYERS, WEIGHTS, load_quantized, quantize_, save_quantized
@@ -27,8 +28,9 @@ def write_generator(network: nn.Module, info: GeneratorInfo, *, out: Path, weigh
         What was written to `recipe.json`.
 
     Raises:
-        GeneratorError: The disk is full, or may not be written.
+        GeneratorError: A weight is not finite, or the folder cannot be written.
     """
+    check_finite(network, "weights")
     with new_folder(out) as folder:
         network.save_config(folder)  # type: ignore[operator]  # diffusers' own
         save_quantized(quantize_(network, weights=BITS[weights]) if weights in BITS else network, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from fbl_flower.config import OWN_IMAGES, RunConfig
@@ -14,6 +15,7 @@ from fbl_flower.generation.prompts import make_prompts
 from fbl_flower.generation.protocol import ImageGenerator
 from fbl_flower.generation.public import PublicImages
 from fbl_flower.generation.recipe import RECIPE, check_files, read_info
+from fbl_flower.generation.sampling_defaults import Sampling, resolve_sampling
 from fbl_flower.generation.text_to_image_recipe import check_pipeline_files, read_pipeline_info
 
 
@@ -144,22 +146,34 @@ def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
     chosen = config.generator
     if chosen.name == "public-images":
         return PublicImages(parts, batch_size=chosen.batch_size, blur=chosen.blur, noise=chosen.noise)
+    folder, sampling = generator_folder(config, parts), sampling_of(config, parts)
     if chosen.name == "text-to-image":
         from fbl_flower.generation.text_to_image import Target, TextToImageGenerator
 
         prompts = make_prompts(parts.info.name, parts.info.class_names, chosen.prompt, chosen.class_words)
         target = Target(prompts=prompts, image_size=parts.image_size, channels=parts.info.channels)
-        return TextToImageGenerator.load(generator_folder(config, parts), chosen, target, device=pick_device(config).type)
+        settled = replace(chosen, steps=sampling.steps, guidance=sampling.guidance)
+        return TextToImageGenerator.load(folder, settled, target, device=pick_device(config).type)
     from fbl_flower.generation.diffusion import DiffusionGenerator
 
     return DiffusionGenerator.load(
-        generator_folder(config, parts),
-        steps=chosen.steps,
-        guidance=chosen.guidance,
+        folder,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
         batch_size=chosen.batch_size,
         memory_limit=chosen.memory_limit,
         device=pick_device(config).type,
     )
+
+
+def sampling_of(config: RunConfig, parts: DataParts) -> Sampling:
+    """Return the steps and the guidance that the generator of `config` uses; only for those that denoise.
+
+    Raises:
+        GeneratorError: The folder of a diffusion generator is missing or its `recipe.json` is damaged.
+    """
+    own = read_info(generator_folder(config, parts)).sampling if config.generator.name == "diffusion" else None
+    return resolve_sampling(config.generator, own)
 
 
 def _check_text_to_image(config: RunConfig, parts: DataParts) -> list[str]:

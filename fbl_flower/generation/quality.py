@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from statistics import mean, stdev
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.data.examples import Examples, concatenate
 from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.measures import (
+    Nearest,
+    TrainClassifier,
+    accuracy,
+    check_judge,
+    frechet_distance,
+    nearest_training_image,
+    spread,
+)
 from fbl_flower.generation.protocol import ImageGenerator
-from fbl_flower.seeding import derive
-
-_CANDIDATES = 8  # among which the two nearest training images are looked for
-_AT_ONCE = 250  # images that are compared together
-_COPY_RATIO = 0.7  # an image so much nearer to one training image than to the next one is suspected of being its copy
-
-
-@dataclass(frozen=True, kw_only=True)
-class Classifier:
-    """A trained classifier.
-
-    Attributes:
-        predict: From uint8 [N, C, H, W] to logits, float [N, K].
-        features: From uint8 [N, C, H, W] to what the last layer sees, float [N, D].
-    """
-
-    predict: Callable[[torch.Tensor], torch.Tensor]
-    features: Callable[[torch.Tensor], torch.Tensor]
-
-
-class TrainClassifier(Protocol):
-    """Trains a classifier on examples; the seed decides its first weights and the order of the images."""
-
-    def __call__(self, examples: Examples, seed: int) -> Classifier: ...
+from fbl_flower.seeding import derive, numpy_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +35,8 @@ class SeedQuality:
         synthetic_accuracy: On real images, of a classifier trained on synthetic images only; a share.
         public_accuracy: The same of one trained on as many public images.
         agreement: Share of the synthetic images that a classifier trained on real images gives their label.
-        diversity: Mean distance of features between two synthetic images of a class, by the same of real images.
+        diversity: Mean distance of features between two synthetic images of a class, by the same of real images; None
+            where the real ones do not differ.
         frechet: Fréchet distance between the features of synthetic and of real images, under the classifier that judges agreement. It
             depends on the number of images: compare it for the same number and the same judge.
         nearest: Mean distance of a synthetic image to the nearest public training image.
@@ -64,7 +50,7 @@ class SeedQuality:
     synthetic_accuracy: float
     public_accuracy: float
     agreement: float
-    diversity: float
+    diversity: float | None
     frechet: float
     nearest: float
     nearest_min: float
@@ -72,21 +58,12 @@ class SeedQuality:
     images_per_second: float
 
     @property
-    def ratio(self) -> float:
-        """Synthetic by public accuracy; not a number where the latter is 0."""
-        return self.synthetic_accuracy / self.public_accuracy if self.public_accuracy else math.nan
+    def ratio(self) -> float | None:
+        """Synthetic by public accuracy; None where the latter is 0."""
+        return self.synthetic_accuracy / self.public_accuracy if self.public_accuracy else None
 
 
 _MEASURES = ("ratio", *(f.name for f in fields(SeedQuality) if f.name != "seed"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nearest:
-    """Distances of some images to their nearest training image; `SeedQuality` explains the three."""
-
-    mean: float
-    smallest: float
-    copies: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +73,12 @@ class Quality:
     Attributes:
         per_seed: The measures, one for each seed.
         num_images: Synthetic images under each seed.
-        evaluated_on: The part whose real images judged.
+        evaluated_on: The part of the real images that everything was measured on.
         real: Distances of those real images to the public training images: what no copying looks like.
         judge_accuracy: Share of those real images that the judge of agreement, diversity and the Fréchet distance gives their label.
         real_frechet: Fréchet distance of the public training images to those real images: what no gap looks like, but that the judge was
             trained on one side.
+        sampling: The steps and the guidance of the generator, as text; empty where it has none.
         num_bytes: The generator on disk; None where it was not asked for.
         peak_mb: Largest resident set of a process that makes images, in MiB; None where it was not measured.
     """
@@ -111,12 +89,24 @@ class Quality:
     real: Nearest
     judge_accuracy: float
     real_frechet: float
+    sampling: str = ""
     num_bytes: int | None = None
     peak_mb: float | None = None
 
-    def mean(self, measure: str) -> float:
-        """Return the mean of an attribute of `SeedQuality` over the seeds."""
-        return sum(getattr(one, measure) for one in self.per_seed) / len(self.per_seed)
+    def values(self, measure: str) -> list[float] | None:
+        """Return an attribute of `SeedQuality` for each seed; None where it is undefined for one of them."""
+        found = [getattr(one, measure) for one in self.per_seed]
+        return None if None in found else found
+
+    def mean(self, measure: str) -> float | None:
+        """Return the mean of an attribute of `SeedQuality` over the seeds; None where it is undefined for one of them."""
+        found = self.values(measure)
+        return None if found is None else mean(found)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON; an undefined measure is None."""
+        seeds = [{"ratio": one.ratio} | asdict(one) for one in self.per_seed]
+        return asdict(self) | {"per_seed": seeds, "mean": {name: self.mean(name) for name in _MEASURES}}
 
     def of_real(self) -> dict[str, float]:
         """Return what real images have in the place of synthetic ones, by measure; those without such a number are left out."""
@@ -132,6 +122,7 @@ class Quality:
     def costs(self) -> dict[str, str]:
         """Return what does not depend on a seed, by name, as text; empty where it is not known."""
         return {
+            "sampling": self.sampling,
             "bytes on disk": "" if self.num_bytes is None else str(self.num_bytes),
             "peak memory, MiB": "" if self.peak_mb is None else f"{self.peak_mb:.0f}",
         }
@@ -146,7 +137,7 @@ class Quality:
         ]
         for name in _MEASURES:
             numbers = [self.mean(name), *(getattr(one, name) for one in self.per_seed)]
-            cells = [f"{number:.3f}" for number in numbers] + [_number_or_blank(reference.get(name))]
+            cells = [_number_or_blank(number) for number in [*numbers, reference.get(name)]]
             rows.append("| " + " | ".join([name.replace("_", " "), *cells]) + " |")
         rows += ["| " + " | ".join([name, cost, *[""] * (len(seeds) + 1)]) + " |" for name, cost in self.costs().items()]
         return "\n".join(rows)
@@ -163,8 +154,7 @@ def compare(measured: Mapping[str, Quality]) -> str:
     heads = [f"{first.num_images} images, against {first.evaluated_on}", *measured, "real"]
     rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name in _MEASURES:
-        numbers = [[getattr(one, name) for one in quality.per_seed] for quality in measured.values()]
-        cells = [f"{mean(one):.3f}" + (f" ± {stdev(one):.3f}" if len(one) > 1 else "") for one in numbers]
+        cells = [_mean_and_deviation(quality.values(name)) for quality in measured.values()]
         rows.append("| " + " | ".join([name.replace("_", " "), *cells, _number_or_blank(reference.get(name))]) + " |")
     rows += ["| " + " | ".join([name, *(one.costs()[name] for one in measured.values()), ""]) + " |" for name in first.costs()]
     return "\n".join(rows)
@@ -189,6 +179,7 @@ def measure_quality(
             reported on test.
 
     Raises:
+        RunFailed: The judge has not learned (`check_judge`).
         GeneratorError: No seed, or no two real images of a class in the part that judges, or among those that are public.
     """
     real = parts.test if evaluate_on == "test" else parts.validation
@@ -200,34 +191,30 @@ def measure_quality(
         )
     train = parts.public if evaluate_on == "validation" else concatenate(parts.public, parts.validation)
     judge = train_classifier(train, derive(seeds[0], "judge"))
+    judge_accuracy = accuracy(judge, real.images, real.labels)
+    check_judge(judge_accuracy, num_classes=parts.info.num_classes)
     real_features = judge.features(real.images)
-    real_spread = _spread(real_features, real.labels)
-    labels = parts.public.labels
+    real_spread = spread(real_features, real.labels)
+    labels = labels_to_make(parts)
     per_seed = []
-    generator.generate([0], [0])  # loads the network, which is no part of its speed
     for seed in seeds:
-        start = time.perf_counter()
-        image_seeds = [derive(seed, "quality", place) for place in range(len(labels))]
-        images = generator.generate(labels.tolist(), image_seeds)
-        seconds = time.perf_counter() - start
-        synthetic = train_classifier(
-            Examples(images=images, labels=labels, synthetic=torch.ones(len(labels), dtype=torch.bool)), seed
-        )
-        public = train_classifier(parts.public, seed)
+        made = make_images(generator, labels, seed)
+        images = made.examples.images
+        synthetic, public = train_classifier(made.examples, seed), train_classifier(parts.public, seed)
         nearest = nearest_training_image(images, parts.public.images, mirrored=parts.info.flip)
         features = judge.features(images)
         per_seed.append(
             SeedQuality(
                 seed=seed,
-                synthetic_accuracy=_accuracy(synthetic, real.images, real.labels),
-                public_accuracy=_accuracy(public, real.images, real.labels),
-                agreement=_accuracy(judge, images, labels),
-                diversity=_spread(features, labels) / real_spread,
+                synthetic_accuracy=accuracy(synthetic, real.images, real.labels),
+                public_accuracy=accuracy(public, real.images, real.labels),
+                agreement=accuracy(judge, images, labels),
+                diversity=spread(features, labels) / real_spread if real_spread else None,
                 frechet=frechet_distance(features, real_features),
                 nearest=nearest.mean,
                 nearest_min=nearest.smallest,
                 copies=nearest.copies,
-                images_per_second=len(labels) / seconds,
+                images_per_second=len(labels) / made.seconds,
             )
         )
     return Quality(
@@ -235,62 +222,56 @@ def measure_quality(
         num_images=len(labels),
         evaluated_on=evaluate_on,
         real=nearest_training_image(real.images, parts.public.images, mirrored=parts.info.flip),
-        judge_accuracy=_accuracy(judge, real.images, real.labels),
+        judge_accuracy=judge_accuracy,
         real_frechet=frechet_distance(judge.features(parts.public.images), real_features),
     )
 
 
-def nearest_training_image(images: torch.Tensor, training: torch.Tensor, *, mirrored: bool = False) -> Nearest:
-    """Compare images with the training images.
+def labels_to_make(parts: DataParts, number: int = 0) -> torch.Tensor:
+    """Return the labels of the images that a generator is measured with: those of all public images, or of some drawn ones.
 
     Args:
-        images: uint8 [M, C, H, W].
-        training: uint8 [N, C, H, W], N >= 2.
-        mirrored: Whether they were also seen as in a mirror, left for right; the nearer of the two counts.
+        parts: The data set.
+        number: How many to draw; 0, or as many as there are: all, in their order.
+
+    Raises:
+        GeneratorError: There are fewer.
     """
-    seen = [training, training.flip(3)] if mirrored else [training]
-    inputs, others = images.flatten(1).float() / 255, torch.cat(seen).flatten(1).float() / 255
-    found = []
-    for some in inputs.split(_AT_ONCE):
-        # inner products are fast and lose the small distances that matter here: they choose the candidates, exact differences judge them
-        near = torch.cdist(some, others, compute_mode="use_mm_for_euclid_dist").topk(
-            min(_CANDIDATES * len(seen), len(others)), largest=False
+    labels = parts.public.labels
+    if number > len(labels):
+        raise GeneratorError(
+            f"quality of a generator: expected at most {len(labels)} images, one for each public image, got {number}. "
+            "Raise data.num-public."
         )
-        exact = (others[near.indices] - some[:, None]).square().sum(2).sqrt()
-        first, place = exact.min(1)
-        image = near.indices % len(training)  # the second is another training image, and not the mirrored first
-        same = image == image.gather(1, place[:, None])
-        found.append(torch.stack([first, exact.masked_fill(same, math.inf).amin(1)], dim=1))
-    first, second = torch.cat(found).unbind(1)
-    # an image that was in the training part twice has two neighbours at the same distance
-    copies = ((first < _COPY_RATIO * second) | (first == 0)).double().mean()
-    return Nearest(mean=first.mean().item(), smallest=first.min().item(), copies=copies.item())
+    if number in (0, len(labels)):
+        return labels
+    return labels[torch.from_numpy(numpy_stream(0, "quality", "labels").permutation(len(labels))[:number].copy())]
 
 
-def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) for features float [N, D] and [M, D], N and M >= 2 (arXiv 1706.08500).
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """Synthetic images, and the seconds by the clock on the wall that they took."""
 
-    Means m and covariances S, the latter with N - 1 in the denominator.
-    """
-    one, other = one.double(), other.double()
-    cov_one, cov_other = torch.cov(one.T).view(one.shape[1], -1), torch.cov(other.T).view(one.shape[1], -1)
-    values, vectors = torch.linalg.eigh(cov_one)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # S1 S2 has the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric
-    mixed = torch.linalg.eigvalsh(root @ cov_other @ root).clamp(min=0).sqrt().sum()
-    gap = (one.mean(0) - other.mean(0)).square().sum()
-    return max(0.0, (gap + cov_one.trace() + cov_other.trace() - 2 * mixed).item())
+    examples: Examples
+    seconds: float
+
+
+def make_images(generator: ImageGenerator, labels: torch.Tensor, seed: int) -> Made:
+    """Make an image for each label. Under one seed, every generator gets the same seeds of images."""
+    generator.generate([0], [0])  # loads the network, which is no part of its speed
+    start = time.perf_counter()
+    seeds = [derive(seed, "quality", place) for place in range(len(labels))]
+    images = generator.generate(labels.tolist(), seeds)
+    seconds = time.perf_counter() - start
+    synthetic = torch.ones(len(labels), dtype=torch.bool)
+    return Made(examples=Examples(images=images, labels=labels, synthetic=synthetic), seconds=seconds)
+
+
+def _mean_and_deviation(numbers: list[float] | None) -> str:
+    if numbers is None:
+        return ""
+    return f"{mean(numbers):.3f}" + (f" ± {stdev(numbers):.3f}" if len(numbers) > 1 else "")
 
 
 def _number_or_blank(number: float | None) -> str:
     return "" if number is None else f"{number:.3f}"
-
-
-def _accuracy(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> float:
-    return (classifier.predict(images).argmax(1) == labels).double().mean().item()
-
-
-def _spread(features: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the distance between two images of a class, averaged over pairs, then over the classes that have one."""
-    means = [torch.pdist(features[labels == label].float()).mean() for label in labels.unique() if (labels == label).sum() > 1]
-    return torch.stack(means).mean().item()

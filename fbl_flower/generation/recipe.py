@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.sampling_defaults import Sampling, parse_sampling
+from fbl_flower.whole_file import part_of, replacing
 
 RECIPE = "recipe.json"
 NETWORK = "config.json"  # the constructor arguments of diffusers' UNet2DModel
@@ -109,6 +111,7 @@ class GeneratorInfo:
         device, compiled: Where it ran ("cpu, cuda" if in pieces on both), and whether torch compiled the network in any piece; both
             round differently.
         weights: 4bit, 8bit or none (32-bit floats).
+        sampling: The steps and the guidance to use where the settings say 0; None: a default.
         files: SHA-256 of every other file of the folder, by name.
     """
 
@@ -126,6 +129,7 @@ class GeneratorInfo:
     device: str = "cpu"
     compiled: bool = False
     weights: str = "4bit"
+    sampling: Sampling | None = None
     files: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -135,8 +139,55 @@ class GeneratorInfo:
 
 def write_info(folder: Path, info: GeneratorInfo) -> None:
     """Write `info` as the `recipe.json` of `folder`."""
-    text = json.dumps({"format": _FORMAT, **dataclasses.asdict(info)}, indent=2)
-    (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
+    (folder / RECIPE).write_text(_as_json(info), encoding="utf-8")
+
+
+def write_sampling(folder: Path, sampling: Sampling, *, measured: GeneratorInfo) -> None:
+    """Replace the entry `sampling` in the `recipe.json` of `folder`, atomically.
+
+    Args:
+        folder: A generator's folder.
+        sampling: What was chosen.
+        measured: The recipe of the generator that was measured to choose it.
+
+    Raises:
+        GeneratorError: The folder now has another generator, or the file cannot be written.
+    """
+    info = read_info(folder)
+    if info.files != measured.files:
+        raise GeneratorError(f"generator: {folder} has changed since it was measured. Measure it again.")
+    file = (folder / RECIPE).resolve()
+    try:
+        with replacing(file, sync=True) as part:
+            part.write_text(_as_json(dataclasses.replace(info, sampling=sampling)), encoding="utf-8")
+            part.chmod(file.stat().st_mode)
+    except OSError as error:
+        raise _unwritable(file, error) from error
+
+
+def check_recipe_writable(folder: Path) -> None:
+    """Raise `GeneratorError` if `write_sampling` could not write; for before a long measurement."""
+    part = part_of((folder / RECIPE).resolve())
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise _unwritable(folder / RECIPE, error) from error
+
+
+def _unwritable(file: Path, error: OSError) -> GeneratorError:
+    """Return the error of a `recipe.json` that cannot be written."""
+    return GeneratorError(
+        f"generator: cannot write {file} ({error.strerror or error}). "
+        "Check its permissions and the free space, or use a copy of the folder."
+    )
+
+
+def _as_json(info: GeneratorInfo) -> str:
+    entries = dataclasses.asdict(info)
+    if info.sampling is None:
+        del entries["sampling"]
+    return json.dumps({"format": _FORMAT, **entries}, indent=2, allow_nan=False) + "\n"
 
 
 def is_trained(folder: Path) -> bool:
@@ -161,7 +212,10 @@ def read_info(folder: Path) -> GeneratorInfo:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(raw, dict) or "kind" not in raw:
-            return _parse(raw)
+            sampling = _sampling_of(raw, file)
+            return dataclasses.replace(_parse(raw), sampling=sampling)
+    except _WrongSampling:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, GeneratorError) as error:
         raise GeneratorError(
             f"generator: {file} is damaged ({type(error).__name__}: {error}); copy or train the generator again"
@@ -169,6 +223,20 @@ def read_info(folder: Path) -> GeneratorInfo:
     raise GeneratorError(
         f"generator.path: {folder} is of the kind {raw['kind']}; set generator.name, or correct generator.path"
     )
+
+
+class _WrongSampling(GeneratorError):
+    """The entry `sampling` of a recipe is wrong; the rest of the generator may be fine."""
+
+
+def _sampling_of(raw: dict[str, Any], file: Path) -> Sampling | None:
+    """Take the entry `sampling` out of a recipe; recipes of earlier versions have none."""
+    try:
+        return parse_sampling(raw.pop("sampling", None))
+    except ValueError as error:
+        raise _WrongSampling(
+            f"generator: {file}: sampling: {error}. Correct the entry, or delete it and run `fbl-flower generator tune`."
+        ) from error
 
 
 class HasFiles(Protocol):

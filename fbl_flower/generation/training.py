@@ -26,6 +26,7 @@ from fbl_flower.data.examples import Examples
 from fbl_flower.device import autocast, keep_freed_memory
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.augment import deform
+from fbl_flower.generation.finite import check_finite
 from fbl_flower.generation.folder import write_generator
 from fbl_flower.generation.network import build_network, network_config, patch_of
 from fbl_flower.generation.new_folder import make_parent
@@ -105,6 +106,7 @@ def train_generator(
             training.save(checkpoint)
             _tell(progress, f"stopped after step {training.steps_done} of {recipe.steps}; the same command goes on")
             return None
+        training.check_result()
         described = _info_of(parts, recipe=recipe, spent=training.spent)
         info = write_generator(training.average.cpu(), described, out=out, weights=weights)
         checkpoint.remove()
@@ -155,13 +157,10 @@ class Training:
         with autocast("auto" if self._device.type == "cuda" else "fp32", self._device):
             loss = flow_loss(self._forward, batch)
         self._optimizer.zero_grad(set_to_none=True)
-        if not bool(loss.isfinite()):
-            raise GeneratorError(
-                f"generator: the loss of step {step} is not finite: the training has diverged; lower --learning-rate "
-                f"(it is {recipe.learning_rate:g})"
-            )
+        self._require_finite(loss, f"loss of step {step}")
         loss.backward()
-        nn.utils.clip_grad_norm_(self._network.parameters(), recipe.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._network.parameters(), recipe.clip_norm)
+        self._require_finite(norm, f"gradient of step {step}")
         self._optimizer.step()
         decay = min(recipe.ema, (1 + step) / (10 + step))  # a short memory while the weights still move fast
         with torch.no_grad():
@@ -175,6 +174,22 @@ class Training:
             compiled=self._forward is not self._network,
             threads=(torch.get_num_threads(),),
         )
+
+    def check_result(self) -> None:
+        """Raise `GeneratorError` if a weight, an average of weights, or the loss of the average is not finite."""
+        self._check_weights()
+        self._require_finite(torch.tensor(self.average_loss(self._parts.public)), "loss of the averaged weights")
+
+    def _check_weights(self) -> None:
+        check_finite(self._network, "weights")
+        check_finite(self.average, "average of the weights")
+
+    def _require_finite(self, value: torch.Tensor, what: str) -> None:
+        if not bool(value.isfinite()):
+            raise GeneratorError(
+                f"generator: the {what} is not finite: the training has diverged; lower --learning-rate "
+                f"(it is {self._recipe.learning_rate:g})"
+            )
 
     def describe(self) -> str:
         """Return a line on how far the training is, and on whether it memorises: then only the loss of training images falls."""
@@ -195,7 +210,8 @@ class Training:
         return flow_loss(self.average, batch.to(self._device)).item()
 
     def save(self, checkpoint: TrainingCheckpoint) -> None:
-        """Write a checkpoint and a preview."""
+        """Write a checkpoint and a preview; raises `GeneratorError` if a weight is not finite."""
+        self._check_weights()
         tensors = {f"network.{name}": tensor for name, tensor in self._network.state_dict().items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
         for place, values in self._optimizer.state_dict()["state"].items():
