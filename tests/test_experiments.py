@@ -16,7 +16,11 @@ from fbl_flower.config import flatten, parse_config
 from fbl_flower.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-SETS = sorted(path for path in (ROOT / "experiments").iterdir() if path.is_dir() and not path.name.endswith("mnist5k"))
+SETS = sorted(
+    path
+    for path in (ROOT / "experiments").iterdir()
+    if path.is_dir() and not path.name.endswith("mnist5k") and "recipe" not in path.name
+)
 
 
 def write(folder: Path, **texts: str) -> Path:
