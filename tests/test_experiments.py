@@ -209,7 +209,8 @@ def test_every_set_finds_the_generators_that_it_uses(folder: Path) -> None:
             identity(row.config, row.kind).get("generator.bundled", "")
             for row in read_rows([folder], size=size, overrides={"data.path": "/data"})
         ]
-        assert not [name for name in used if str(name).endswith("@none")]
+        # CIFAR-10's does not come with the package yet: its sets say so, and take generator.path on the command line
+        assert {str(name) for name in used if str(name).endswith("@none")} <= {"cifar10-32px@none"}
 
 
 def test_the_folder_that_one_stands_in_is_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def test_run_directory_holds_everything(tmp_path: Path) -> None:
     assert names == {
         "config.toml", "versions.json", "metrics.jsonl", "timings.jsonl", "nodes.json", "summary.json", "checkpoint.safetensors",
         "model.safetensors", "accuracy.png", "gallery.png", "alignment.png", "alignment.json", "class_counts.png",
+        "choices.json",
     }  # fmt: skip
     rows = [json.loads(line) for line in metrics(outcome.run_dir).splitlines()]
     assert [row["round"] for row in rows] == list(range(7))

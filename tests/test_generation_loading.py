@@ -259,7 +259,7 @@ def test_a_file_is_read_for_its_sum_once_and_again_when_it_was_changed(folder, m
 def test_no_bundled_generator_for_these_images():
     refused(
         *configure("", data__image_size=12),
-        "no generator comes with the package for digits-12px (it has cifar10-32px, digits-28px, digits-8px, fashion-mnist-28px, mnist5k-28px)",
+        "no generator comes with the package for digits-12px (it has digits-28px, digits-8px, fashion-mnist-28px, mnist5k-28px)",
         'generator.name = "public-images"',
     )
 
@@ -280,20 +280,6 @@ def test_checking_is_cheap():
         "print([name for name in ('diffusers', 'optimum', 'transformers', 'accelerate') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-def test_the_bundled_cifar10_generator_is_whole_and_draws_different_classes():
-    """The data set is not at hand everywhere; what needs no image of it is checked here."""
-    folder = bundled_generator("cifar10", 32)
-    info = read_info(folder)
-    assert check_files(folder, info) == [] and (info.data_name, info.channels, info.num_images) == ("cifar10", 3, 9000)
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
-    generator = DiffusionGenerator.load(folder, steps=4, guidance=2.0, batch_size=20)
-    labels = torch.tensor([0] * 10 + [6] * 10)  # airplanes, before the sky, and frogs, on the ground
-    images = generator.generate(labels.tolist(), list(range(20))).float()
-    assert images.shape == (20, 3, 32, 32) and images.std(0).mean() > 20
-    blue = images[:, 2].mean((1, 2)) - images[:, 0].mean((1, 2))
-    assert blue[:10].mean() > blue[10:].mean() + 10
 
 
 @pytest.mark.parametrize(("name", "size"), [("mnist5k", 28), ("digits", 28), ("digits", 8), ("fashion-mnist", 28)])
