@@ -107,6 +107,41 @@ def test_images_that_are_all_equal_cannot_be_cut(tmp_path: Path) -> None:
         load_parts(DataConfig(name="parquet", path=str(file)))
 
 
+def test_sizes_that_groups_of_equal_images_do_not_allow_are_told(tmp_path: Path) -> None:
+    """Ten images, each twice: three test images become two, and the data set says so; one private image cannot be had at all."""
+    images = [png(tmp_path, value, 2, 2) for value in range(10) for _ in range(2)]
+    file = in_parquet(tmp_path / "x.parquet", images, [i % 2 for i in range(20)])
+    parts = load_parts(DataConfig(name="parquet", path=str(file), num_test=3, num_public=5, num_validation=1))
+    assert [len(getattr(parts, name)) for name in PARTS] == [2, 4, 0, 14]
+    assert [note.partition(":")[0] for note in parts.notes] == [
+        "2 test images instead of 3", "0 validation images instead of 1",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"data\.num-private: no private image is left"):
+        load_parts(DataConfig(name="parquet", path=str(file), num_test=3, num_public=5, num_validation=1, num_private=1))
+
+
+def test_the_error_counts_the_images_that_can_be_used(tmp_path: Path) -> None:
+    images = [png(tmp_path, value, 1, 1) for value in (*range(20), *range(8))]
+    file = in_parquet(tmp_path / "x.parquet", images, [i % 2 for i in range(28)], ["train"] * 20 + ["test"] * 8)
+    with pytest.raises(ConfigError, match="has 12 for those parts.*8 training images are copies of test images"):
+        load_parts(DataConfig(name="parquet", path=str(file), num_public=12, num_validation=0))
+
+
+@pytest.mark.parametrize("change", [{"image_size": 16}, {"channels": 1}, {"image_size": 4, "channels": 1}])
+def test_size_and_channels_do_not_change_the_cut_of_ones_own_images(tmp_path: Path, change: dict[str, int]) -> None:
+    """The key is of the pixels in the file. Each image has a shade of red of its own, which grey and scaled images keep in order."""
+    write_folder(tmp_path, {"a": 30, "b": 30, "c": 30})
+    shades = []
+    for settings_ in ({"image_size": 8}, {"image_size": 8} | change):
+        parts = load_parts(DataConfig(name="folder", path=str(tmp_path), **settings_))  # type: ignore[arg-type]
+        values = [getattr(parts, name).images[:, 0, 0, 0].int() for name in PARTS]
+        labels = [getattr(parts, name).labels for name in PARTS]
+        shades.append([[len(v), *y.tolist(), *v.argsort(stable=True).tolist()] for v, y in zip(values, labels, strict=True)])
+    if "channels" not in change:
+        assert shades[0] == shades[1]
+    assert [row[: 1 + row[0]] for row in shades[0]] == [row[: 1 + row[0]] for row in shades[1]]
+
+
 @pytest.mark.parametrize("size", [8, 14])
 def test_the_size_in_use_does_not_change_the_cut(size: int) -> None:
     """Parts are cut by the native pixels: the classes of the public images, in order, are the same at every size."""

@@ -43,7 +43,7 @@ def decode(
     *images: bytes, channels: int = 0, notes: Notes | None = None, background: tuple[int, int, int] = (255, 255, 255)
 ) -> np.ndarray:
     wanted = ImageFormat(name="folder", class_names=None, channels=channels, background=background, upright=True)
-    return decode_images(list(images), wanted, lambda i: f"image {i}", notes)
+    return decode_images(list(images), wanted, lambda i: f"image {i}", notes).pixels
 
 
 @pytest.mark.parametrize("image_format", FORMATS)

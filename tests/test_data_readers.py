@@ -418,7 +418,7 @@ def test_every_orientation_is_turned_as_pillow_does(orientation: int | None) -> 
     stream = io.BytesIO()
     image.save(stream, "PNG", exif=exif)
     wanted = ImageFormat(name="folder", class_names=None, channels=1, upright=True, size=6)
-    pixels = decode_images([stream.getvalue()], wanted, str)[0, 0]
+    pixels = decode_images([stream.getvalue()], wanted, str).pixels[0, 0]
     with Image.open(stream) as opened:
         turned = ImageOps.fit(ImageOps.exif_transpose(opened), (6, 6), method=Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(pixels, np.asarray(turned))
@@ -434,7 +434,7 @@ def test_a_tag_of_a_wrong_type_beside_the_orientation_does_no_harm(tag: int) -> 
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG", exif=b"Exif\0\0II*\0\x08\0\0\0" + ifd)
     wanted = ImageFormat(name="folder", class_names=None, channels=1, upright=True)
-    np.testing.assert_array_equal(decode_images([stream.getvalue()], wanted, str)[0, 0], np.rot90(pixels, -1))
+    np.testing.assert_array_equal(decode_images([stream.getvalue()], wanted, str).pixels[0, 0], np.rot90(pixels, -1))
 
 
 def test_grey_palette_and_transparent_images_become_colour_or_all_grey(tmp_path: Path) -> None:

@@ -167,8 +167,9 @@ def _cut(config: DataConfig, info: DataInfo, source: Source, keys: Keys) -> Data
     num_validation = number(config.num_validation, min(info.num_validation, num_public))
     balanced = config.name in DATASETS
     order = _ordered(pool.labels.numpy(), keys.train, class_balanced=balanced)
-    problems = []
+    problems, copies_out = [], ""
     if test is None or keys.test is None:
+        num_usable = len(order)
         taken, order = order.split(num_test)
         test = pool.take(torch.from_numpy(taken.index))
     else:
@@ -177,24 +178,39 @@ def _cut(config: DataConfig, info: DataInfo, source: Source, keys: Keys) -> Data
         copies = np.isin(keys.train, keys.test)[order.index]
         if num_copies := int(copies.sum()):
             order = _Order(index=order.index[~copies], group=order.group[~copies])
-            notes += (f"{num_copies} training images are copies of test images and are left out",)
+            copies_out = f"{num_copies} training images are copies of test images and are left out"
+            notes += (copies_out,)
+        num_usable = len(order)
         test = test.take(torch.from_numpy(_ordered(test.labels.numpy(), keys.test, class_balanced=balanced).index[:num_test]))
     rest = len(order) - num_public
     num_private = number(config.num_private, max(0, min(rest, info.num_private)))
     if num_validation > num_public:
         problems.append(f"data.num-validation: got {num_validation}; it is a part of the public images, which are {num_public}")
     if len(test) == 0:
-        problems.append(f"data.num-test: got {num_test}; the server needs at least one test image")
+        problems.append(
+            f"data.num-test: got {num_test}; the server needs at least one test image, and equal images stay in one part"
+        )
     if num_private < 1 or num_private > rest:
         problems.append(
-            f"data: {num_test} test, {num_public} public and {num_private} private images asked for; "
-            f"{config.name} has {len(pool)} for those parts, and at least one must be private"
+            f"data: {num_test} test, {num_public} public and {num_private} private images asked for; {config.name} has {num_usable} for those "
+            "parts, and at least one must be private" + (f" ({copies_out})" if copies_out else "")
         )
     if problems:
         raise ConfigError(problems)
     public, order = order.split(num_public - num_validation)
     validation, order = order.split(num_validation)
-    private, _ = order.split(num_private)
+    all_that_is_left = config.num_private < 0 and num_private == rest
+    private = order if all_that_is_left else order.split(num_private)[0]
+    for name, found, asked in (
+        ("test", len(test), num_test),
+        ("public training", len(public), num_public - num_validation),
+        ("validation", len(validation), num_validation),
+        ("private", len(private), num_private),
+    ):
+        if found < asked:
+            notes += (f"{found} {name} images instead of {asked}: equal images stay in one part, and the next group is larger",)
+    if len(private) == 0:
+        raise ConfigError([f"data.num-private: no private image is left ({'; '.join(notes)}). Give the clients more images"])
 
     def images(part: _Order) -> Examples:
         return _resized(pool.take(torch.from_numpy(part.index)), size)

@@ -16,10 +16,13 @@ def pixel_keys(images: torch.Tensor) -> np.ndarray:
     Args:
         images: uint8 [N, C, H, W].
     """
-    shape = repr(tuple(images.shape[1:])).encode()
-    rows = images.flatten(1).contiguous().numpy()
-    keys = b"".join(hashlib.blake2b(row.data, digest_size=8, key=shape).digest() for row in rows)
-    return np.frombuffer(keys, dtype=">u8").astype(np.uint64)
+    return np.array([pixel_key(image) for image in images.numpy()], dtype=np.uint64)
+
+
+def pixel_key(image: np.ndarray) -> int:
+    """Return the key of one image, uint8 [C, H, W]: 64 bits."""
+    digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=8, key=repr(tuple(image.shape)).encode())
+    return int.from_bytes(digest.digest(), "big")
 
 
 def examples_sha256(examples: Examples) -> str:

@@ -84,7 +84,7 @@ def newest_change(path: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """Keys of the pixels of each image as it was read, before channels and size were changed: uint64 [N]."""
+    """Keys of the pixels of each image as it was in its file, before channels and size were changed: uint64 [N]."""
 
     train: np.ndarray
     test: np.ndarray | None
@@ -104,7 +104,7 @@ def read_source(config: DataConfig, path: Path | None) -> tuple[DataInfo, Source
         DataError: A file is missing or damaged, or holds a label outside the classes.
     """
     source = _read(config, path, image_format(config))
-    keys = Keys(train=pixel_keys(source.train.images), test=pixel_keys(source.test.images) if source.test else None)
+    keys = _keys_of(source)
     if config.channels:
         source = replace(source, train=_in_channels(source.train, config.channels))
         source = replace(source, test=_in_channels(source.test, config.channels) if source.test else None)
@@ -118,6 +118,13 @@ def read_source(config: DataConfig, path: Path | None) -> tuple[DataInfo, Source
     num_test = len(source.test) if source.test else 0
     test_share = 0.1 if config.name == "eurosat" else 0.2
     return sized_by_share(info, num_train=len(source.train), num_test=num_test, test_share=test_share), source, keys
+
+
+def _keys_of(source: Source) -> Keys:
+    train = pixel_keys(source.train.images) if source.train_keys is None else source.train_keys
+    if source.test is None:
+        return Keys(train=train, test=None)
+    return Keys(train=train, test=pixel_keys(source.test.images) if source.test_keys is None else source.test_keys)
 
 
 def image_format(config: DataConfig) -> ImageFormat:

@@ -9,11 +9,13 @@ import io
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from fbl_flower.data.identity import pixel_key
 from fbl_flower.data.readers.damage import end_of_image, has_check
 from fbl_flower.data.readers.formats import image_formats
 from fbl_flower.data.readers.notes import ALL_TRANSPARENT, SEVERAL_FRAMES, TRAILING_DATA, Notes
@@ -27,9 +29,22 @@ _ORIENTATION = 0x0112  # tag of EXIF
 _FRAMES = ("GIF", "PNG", "TIFF", "WEBP", "AVIF", "FLI", "DCX")  # elsewhere, further frames are previews or layers
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """Images of one data set.
+
+    Attributes:
+        pixels: uint8 [N, C, H, W].
+        keys: uint64 [N], of each image's pixels before they were scaled, or made grey or colour.
+    """
+
+    pixels: np.ndarray
+    keys: np.ndarray
+
+
 def decode_images(
     images: Iterable[bytes | Path | None], wanted: ImageFormat, where: Callable[[int], str], notes: Notes | None = None
-) -> np.ndarray:
+) -> Decoded:
     """Decode images to uint8 [N, C, H, W].
 
     Args:
@@ -42,6 +57,7 @@ def decode_images(
         DataError: Images are damaged, too large, or of another size; the message names them.
     """
     arrays: list[np.ndarray] = []
+    keys: list[int] = []
     problems: list[str] = []
     notes = notes or Notes()
     with warnings.catch_warnings():
@@ -50,7 +66,7 @@ def decode_images(
         warnings.simplefilter("error", DecompressionBombWarning)
         for i, image in enumerate(images):
             try:
-                pixels, remarks = _decode(image, wanted)
+                pixels, key, remarks = _decode(image, wanted)
             except _Refused as problem:
                 problems.append(f"{where(i)}: {problem}")
                 continue
@@ -63,6 +79,7 @@ def decode_images(
                 )
             if not problems:
                 arrays.append(pixels)
+                keys.append(key)
     if problems:
         raise DataError(_listed(problems))
     if not arrays:
@@ -78,15 +95,15 @@ def decode_images(
     for i in range(len(arrays)):
         whole[i] = arrays[i]
         arrays[i] = whole[i]  # frees the image: a data set is not in memory twice
-    return whole
+    return Decoded(pixels=whole, keys=np.array(keys, dtype=np.uint64))
 
 
 class _Refused(Exception):
     """An image that cannot be used, and why."""
 
 
-def _decode(content: bytes | Path | None, wanted: ImageFormat) -> tuple[np.ndarray, list[str]]:
-    """Decode one image to uint8 [1 or 3, H, W], with remarks for the notes.
+def _decode(content: bytes | Path | None, wanted: ImageFormat) -> tuple[np.ndarray, int, list[str]]:
+    """Decode one image to uint8 [1 or 3, H, W], with its key and remarks for the notes.
 
     Raises:
         _Refused: It cannot be used. Pillow and its decoders raise errors of any kind for a damaged file.
@@ -111,7 +128,7 @@ def _decode(content: bytes | Path | None, wanted: ImageFormat) -> tuple[np.ndarr
         raise _Refused(f"damaged image ({type(error).__name__}: {error})") from error
 
 
-def _pixels(content: bytes | Path, wanted: ImageFormat) -> tuple[np.ndarray, list[str]]:
+def _pixels(content: bytes | Path, wanted: ImageFormat) -> tuple[np.ndarray, int, list[str]]:
     """Check the header, then load the pixels, then all the rest: what loads them later would hide an error."""
     from PIL import Image, ImageOps
 
@@ -129,15 +146,23 @@ def _pixels(content: bytes | Path, wanted: ImageFormat) -> tuple[np.ndarray, lis
                 remarks.append(TRAILING_DATA)
         upright = _turned_upright(opened) if wanted.upright else opened
         image, grey, visible = opaque_8_bits(upright, raw, of_16=kind in ("PNG", "PPM"), background=wanted.background)
-        image = image.convert({1: "L", 3: "RGB"}.get(wanted.channels) or ("L" if grey else "RGB"))
+        own_mode = "L" if grey else "RGB"
+        own = image.convert(own_mode)
+        image = image.convert({1: "L", 3: "RGB"}.get(wanted.channels, own_mode))
         if not visible:
             remarks.append(ALL_TRANSPARENT)
         if kind in _FRAMES and getattr(opened, "n_frames", 1) > 1:
             remarks.append(SEVERAL_FRAMES)
     if not wanted.native and wanted.size and image.size != (wanted.size, wanted.size):
         image = ImageOps.fit(image, (wanted.size, wanted.size), method=Image.Resampling.BILINEAR)
+    pixels = _channels_first(image)
+    # Where all images have one native form, the key is of that: the same in every kind of file.
+    return pixels, pixel_key(pixels if wanted.native else _channels_first(own)), remarks
+
+
+def _channels_first(image: Any) -> np.ndarray:
     pixels = np.asarray(image)
-    return (pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]), remarks
+    return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
 
 def _check_header(size: tuple[int, int], wanted: ImageFormat) -> None:

@@ -61,14 +61,16 @@ def read_folder(path: Path, wanted: ImageFormat, *, needs_test: bool = False) ->
 def labelled_source(train: LabelledFiles, test: LabelledFiles, wanted: ImageFormat, notes: Notes) -> Source:
     """Decode files with their labels."""
     files = [file for file, _ in train + test]
-    pixels = decode_images(files, wanted, lambda i: shown(files[i]), notes)
+    decoded = decode_images(files, wanted, lambda i: shown(files[i]), notes)
     labels = np.array([label for _, label in train + test], dtype=np.int64)
     n = len(train)
     return Source(
         class_names=wanted.class_names or (),
-        train=examples(pixels[:n], labels[:n]),
-        test=examples(pixels[n:], labels[n:]) if test else None,
+        train=examples(decoded.pixels[:n], labels[:n]),
+        test=examples(decoded.pixels[n:], labels[n:]) if test else None,
         notes=notes.lines(),
+        train_keys=decoded.keys[:n],
+        test_keys=decoded.keys[n:],
     )
 
 

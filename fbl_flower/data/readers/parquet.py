@@ -70,13 +70,15 @@ def read_parquet(path: Path, wanted: ImageFormat, *, needs_test: bool) -> Source
     used = (split == "train") | (split == test)
     index = np.flatnonzero(used)
     images = (blob for blob, wanted_row in zip(chain.from_iterable(t.blobs() for t in tables), used, strict=True) if wanted_row)
-    pixels = decode_images(images, wanted, lambda i: f"{shown(rows[index[i]][0].file)}, row {rows[index[i]][1]}", notes)
+    decoded = decode_images(images, wanted, lambda i: f"{shown(rows[index[i]][0].file)}, row {rows[index[i]][1]}", notes)
     train, held_out = split[used] == "train", split[used] == test
     return Source(
         class_names=names,
-        train=examples(pixels[train], label[used][train]),
-        test=examples(pixels[held_out], label[used][held_out]) if test else None,
+        train=examples(decoded.pixels[train], label[used][train]),
+        test=examples(decoded.pixels[held_out], label[used][held_out]) if test else None,
         notes=notes.lines(),
+        train_keys=decoded.keys[train],
+        test_keys=decoded.keys[held_out],
     )
 
 

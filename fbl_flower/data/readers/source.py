@@ -64,12 +64,15 @@ class Source:
         train: What test (where `test` is None), public, validation and private parts are cut from.
         test: Its own test split; None where it has none.
         notes: What was passed over or decided, a sentence each.
+        train_keys, test_keys: uint64 [N], keys of the pixels as they were before the reader changed them; None where it did not.
     """
 
     class_names: tuple[str, ...]
     train: Examples
     test: Examples | None
     notes: tuple[str, ...] = ()
+    train_keys: np.ndarray | None = None
+    test_keys: np.ndarray | None = None
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
