@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -33,6 +34,16 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     # No cache of cast weights: it is the process's own, and another thread that leaves its context empties it. A layer that is used twice
     # would then sum its gradients in bf16 or in fp32, by chance.
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep a GPU's convolutions from rounding fp32 inputs to 10 bits (TF32), which is torch's default."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def precision_on(device: torch.device, precision: str) -> str:

@@ -41,6 +41,9 @@ def torch_generator(seed: int) -> torch.Generator:
     return _filled(seed)
 
 
+NOISE = (
+    "numpy SeedSequence, 624 words of torch's Mersenne Twister"  # what an image seed becomes; part of generators' fingerprints
+)
 _WORDS = slice(24, 24 + 8 * 624)  # bytes of the twister's words, 64 bits for each, in what `get_state` returns
 
 

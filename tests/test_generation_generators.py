@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_a_fingerprint_of_degraded_public_images_is_another():
 def test_public_images_names_the_class_that_it_lacks():
     parts = digits()
     lacking = parts.public.take(torch.nonzero(parts.public.labels != 8).flatten())
-    generator = PublicImages(type(parts)(**{**vars(parts), "public": lacking}))
+    generator = PublicImages(replace(parts, public=lacking))
     assert generator.generate([7], [0]).shape == (1, 1, 8, 8)
     with pytest.raises(GeneratorError, match="no public image of the class 'eight'.*data.num-public"):
         generator.generate([8], [0])
@@ -150,7 +151,7 @@ def test_the_fingerprint_covers_what_decides_the_pixels(folder):
     parts = digits()
     public = Examples.real(parts.public.images.clone(), parts.public.labels)
     public.images[0, 0, 0, 0] += 1
-    other = type(parts)(**{**vars(parts), "public": public})
+    other = replace(parts, public=public)
     assert PublicImages(parts).fingerprint != PublicImages(other).fingerprint
 
 

@@ -64,6 +64,7 @@ def test_a_resume_on_other_data_stops_with_the_difference(
     settings = of_folder(tmp_path)
     unbroken = (run_local(settings).run_dir / "metrics.jsonl").read_bytes()
     killed = run_and_kill(settings, monkeypatch, in_round=2)
+    left = {path.name: path.read_bytes() for path in killed.iterdir() if path.is_file()}
     kept = tmp_path / "kept"
     shutil.copytree(tmp_path / "photos", kept)
     change(tmp_path / "photos")
@@ -71,12 +72,32 @@ def test_a_resume_on_other_data_stops_with_the_difference(
     with pytest.raises(StateError) as caught:
         run_local(settings | {"resume": str(killed)})
     assert "data set has changed" in str(caught.value) and all(name in str(caught.value) for name in names)
-    assert strict_json((killed / "summary.json").read_text())["status"] == "failed"
+    assert {path.name: path.read_bytes() for path in killed.iterdir() if path.is_file()} == left  # as it was
     shutil.rmtree(tmp_path / "photos")
     kept.rename(tmp_path / "photos")
     forget_parts()
     run_local(settings | {"resume": str(killed)})
     assert (killed / "metrics.jsonl").read_bytes() == unbroken
+
+
+def test_a_completed_run_stays_completed_when_it_cannot_be_prolonged(tmp_path: Path) -> None:
+    settings = of_folder(tmp_path, **{"num-server-rounds": 1})
+    run = run_local(settings).run_dir
+    left = {path.name: path.read_bytes() for path in run.iterdir()}
+    grow(tmp_path / "photos")
+    forget_parts()
+    with pytest.raises(StateError, match="data set has changed"):
+        run_local(settings | {"resume": str(run), "num-server-rounds": 2})
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == left
+
+
+def test_changed_files_are_read_again_by_the_next_run_of_a_process(tmp_path: Path) -> None:
+    settings = of_folder(tmp_path, **{"num-server-rounds": 1, "balancing.enabled": False, "fraction-train": 1.0})
+    for gone in (0, 20):
+        for file in sorted((tmp_path / "photos" / "ant").iterdir())[:gone]:
+            file.unlink()
+        row = json.loads((run_local(settings).run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        assert row["num_real"] == 100 - gone - round(0.2 * (100 - gone)) - round(0.1 * (100 - gone))
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is_of(tmp_path: Path) -> None:
@@ -119,17 +140,18 @@ def test_a_node_whose_images_change_is_left_out_by_name(tmp_path: Path) -> None:
     "settings",
     [
         {"train.learning-rate": 1e30, "train.clip-norm": 0.0},
+        {"train.learning-rate": 1e12, "num-server-rounds": 6},
         {"train.learning-rate": 1e15, "num-server-rounds": 6},
         {"method.name": "scaffold", "scaffold.server-learning-rate": 1e38, "balancing.enabled": False},
         {"warm-start.enabled": True, "warm-start.images": "public", "warm-start.epochs": 2, "warm-start.learning-rate": 1e30},
     ],
 )
 def test_a_run_that_diverges_fails_by_name_and_leaves_only_numbers(tmp_path: Path, settings: dict[str, Any]) -> None:
-    with pytest.raises(RunFailed, match="not finite"):
+    with pytest.raises(RunFailed, match="not finite|diverged"):
         run_local(quick(tmp_path, checkpoint_every=1) | settings)
     (run_dir,) = (tmp_path / "runs").iterdir()
     summary = strict_json((run_dir / "summary.json").read_text())
-    assert summary["status"] == "failed" and "not finite" in summary["reason"]
+    assert summary["status"] == "failed" and ("not finite" in summary["reason"] or "diverged" in summary["reason"])
     for file in run_dir.glob("*.jsonl"):
         for line in file.read_text().splitlines():
             strict_json(line)
@@ -252,7 +274,12 @@ def test_choices_are_summed_by_round(tmp_path: Path) -> None:
         )
         if rows:
             (tmp_path / name / "choices.jsonl").write_text(text)
-    assert choices_by_round([tmp_path / name for name in lines]) == [
+    everybody = {number: {0, 1, 2} for number in (1, 2, 6, 11)}
+    folders = [tmp_path / name for name in lines]
+    assert choices_by_round(folders, everybody | {6: {1}})[0] == {
+        "round": 6, "clients": 1, "kept": 4, "kept_again": 1, "replayed": 0,
+    }  # fmt: skip
+    assert choices_by_round(folders, everybody) == [
         {"round": 6, "clients": 2, "kept": 14, "kept_again": 8, "replayed": 1},
         {"round": 11, "clients": 1, "kept": 4, "kept_again": 4, "replayed": 0},
     ]

@@ -12,12 +12,15 @@ from helpers import quick, run_and_kill
 
 from fbl_flower.claim import Claim
 from fbl_flower.commands.overrides import chosen_config
-from fbl_flower.config import RunConfig, flatten, parse_config
+from fbl_flower.config import DataConfig, RunConfig, flatten, parse_config
+from fbl_flower.data.datasets import load_parts
 from fbl_flower.errors import ConfigError, StateError
 from fbl_flower.federation import client
 from fbl_flower.federation.local import run_local
 from fbl_flower.reporting.rundir import RunDirectory, changed_settings
 from fbl_flower.reporting.unfinished import open_run
+
+DIGITS = load_parts(DataConfig(name="digits", num_private=300)).identity  # what `quick` reads
 
 
 def killed_in_round(number: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +106,10 @@ def test_only_the_newest_unfinished_run_with_the_same_settings_counts(tmp_path: 
         found[-1] = new.with_name(f"2026010{len(found)}-000000-abcdef")
     (tmp_path / "runs" / "20270101-000000-abcdef").mkdir()
     (tmp_path / "runs" / "20270101-000000-abcdef" / "checkpoint.safetensors").write_bytes(b"not a run")
-    run, start, claim = open_run(parse_config(settings | {"resume": "auto", "timeout": 60.0}))
+    run, start, claim = open_run(parse_config(settings | {"resume": "auto", "timeout": 60.0}), data=DIGITS)
     assert run.path == found[1] and start is not None and start.server_round == 1
     claim.release()
-    run, start, claim = open_run(parse_config(settings | {"resume": "auto", "train.batch-size": 7}))
+    run, start, claim = open_run(parse_config(settings | {"resume": "auto", "train.batch-size": 7}), data=DIGITS)
     assert run.path not in found and start is None
     claim.release()
 
@@ -128,18 +131,18 @@ def test_two_servers_do_not_work_on_one_run(tmp_path: Path) -> None:
         assert ready.wait(120)
         before = (done.run_dir / "metrics.jsonl").read_bytes()
         with pytest.raises(StateError, match=r"another process works on .*; wait for its end or stop it"):
-            open_run(settings, patience=0.3)
+            open_run(settings, data=DIGITS, patience=0.3)
         assert (done.run_dir / "metrics.jsonl").read_bytes() == before
     finally:
         end.set()
         other.join(30)
-    open_run(settings, patience=0.3)[2].release()
+    open_run(settings, data=DIGITS, patience=0.3)[2].release()
 
 
 def test_a_refused_resume_lets_go_of_the_run(tmp_path: Path) -> None:
     done = run_local(quick(tmp_path, num_server_rounds=1))
     with pytest.raises(ConfigError, match="the run to resume has"):
-        open_run(parse_config(quick(tmp_path, seed=5, resume=str(done.run_dir))))
+        open_run(parse_config(quick(tmp_path, seed=5, resume=str(done.run_dir))), data=DIGITS)
     Claim(done.run_dir, patience=0.0).release()
 
 

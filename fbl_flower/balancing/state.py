@@ -37,7 +37,7 @@ class BalancingState:
         """Say how large P is and how well synthetic images are classified without and with it, as JSON can hold it."""
         without, aligned = self.synthetic_accuracy, self.aligned_accuracy
         return {
-            "norm_of_P": self.embeddings.norm(dim=1).tolist(),
+            "norm_of_P": self.embeddings.double().norm(dim=1).tolist(),
             "synthetic_accuracy_without_P": None if math.isnan(without) else without,
             "synthetic_accuracy_with_P": None if math.isnan(aligned) else aligned,
         }

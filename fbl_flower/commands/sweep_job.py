@@ -23,6 +23,7 @@ from fbl_flower.commands.experiments import Row, read_rows
 from fbl_flower.commands.job_memory import memory_of
 from fbl_flower.commands.json_file import write_json
 from fbl_flower.config import RunConfig, Value, parse_config
+from fbl_flower.data.datasets import load_parts
 from fbl_flower.device import pick_device, precision_on
 from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
 
@@ -31,6 +32,7 @@ LEFT = 3  # exit code of a job that another process is running
 _ROUNDS = "num-server-rounds"
 _IDENTITY = "identity.json"  # beside the runs of a job: what decides their numbers, generators and images by content
 _BYTES = ("bytes_to_clients", "bytes_from_clients")
+_OTHER_MODELS = ("untuned_accuracy", "averaged_accuracy")  # before the server tuned it; its average over rounds
 
 
 def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
@@ -152,6 +154,9 @@ def _run_federation(config: RunConfig) -> tuple[dict[str, Any], float]:
     text = (outcome.run_dir / "metrics.jsonl").read_text(encoding="utf-8")
     metrics = [json.loads(line) for line in text.splitlines()]
     measured: dict[str, Any] = {"accuracy": {str(entry["round"]): float(entry["accuracy"]) for entry in metrics}}
+    for name in _OTHER_MODELS:
+        if scores := {str(entry["round"]): float(entry[name]) for entry in metrics if name in entry}:
+            measured[name] = scores
     for name in _BYTES:
         if sent := {str(entry["round"]): int(entry[name]) for entry in metrics if entry.get(name) is not None}:
             measured[name] = sent
@@ -170,7 +175,7 @@ def _earlier_part(config: RunConfig) -> tuple[str, float]:
     folder = Path(config.output_dir)
     for found in reversed(_runs_in(folder)):
         try:
-            run, point = RunDirectory.reopen(replace(config, resume=str(found)))
+            run, point = RunDirectory.reopen(replace(config, resume=str(found)), data=load_parts(config.data).identity)
         except StateError as error:
             print(f"starts afresh, not from {found}: {error}", flush=True)
             shutil.rmtree(found, ignore_errors=True)

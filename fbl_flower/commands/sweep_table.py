@@ -90,6 +90,8 @@ def table_lines(row: Row, seeds: Sequence[int], out: Path) -> list[TableLine]:
             "settled": {seed: _settled(result, number) for seed, result in results.items()}
             if federated and number >= _SETTLED
             else {},
+            "untuned": _of_round("untuned_accuracy", results, number),
+            "averaged": _of_round("averaged_accuracy", results, number),
             "seconds": {},
             **whole,
         }
@@ -99,6 +101,11 @@ def table_lines(row: Row, seeds: Sequence[int], out: Path) -> list[TableLine]:
             )
         )
     return lines
+
+
+def _of_round(name: str, results: Results, number: int) -> dict[int, float]:
+    """Return by seed what a result has under `name` for a round, where it has it."""
+    return {seed: result[name][str(number)] for seed, result in results.items() if str(number) in result.get(name, {})}
 
 
 def source_of_synthetic(row: Row) -> str:

@@ -243,6 +243,11 @@ def _client_data(config: RunConfig, request: Request, context: Context, capabili
     return data
 
 
+def forget_clients() -> None:
+    """Have this process prepare its clients again, from their files."""
+    _prepared.cache_clear()
+
+
 @functools.lru_cache(maxsize=128)
 def _prepared(
     config: RunConfig, client: int, state_dir: Path, own_folder: Path | None, capability: str, may_generate: bool

@@ -45,6 +45,7 @@ def run_local(run_config: Mapping[str, Value] | RunConfig, *, workers: int = 1, 
     """
     config = run_config if isinstance(run_config, RunConfig) else parse_config(run_config)
     flat = flatten(config)
+    client.forget_clients()  # files may have changed since an earlier run in this process
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(flat))
     with LocalGrid(client.app, num_nodes=num_nodes or config.num_clients, run_config=flat, workers=workers) as grid:
         server.app(grid, context)

@@ -56,6 +56,7 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
             attempt(partial(public_examples, parts))
     device = attempt(lambda: pick_device(config))
     if parts is not None and device is not None:
+        attempt(partial(_check_numbers, config, parts.info.num_classes))
         network = fitted(config.model, image_size=parts.image_size, device=device)
         attempt(partial(check_model, network, image_size=parts.image_size))
     somebody_fills = any(role.capability != "none" for role in drawn_roles(config))
@@ -75,3 +76,17 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
         raise ConfigError(settings + generator_problems)
     if generator_problems:
         raise GeneratorError("\n".join(generator_problems))
+
+
+def _check_numbers(config: RunConfig, num_classes: int) -> None:
+    """Refuse fewer synthetic images for the server than there are classes."""
+    warm, tuning = config.warm_start, config.server_tuning
+    asked = {"warm-start.num-images": warm.num_images if warm.generates else 0}
+    asked["server-tuning.num-images"] = tuning.num_images if tuning.generates else 0
+    problems = [
+        f"{key}: expected at least one image for each of the {num_classes} classes, got {number}"
+        for key, number in asked.items()
+        if 0 < number < num_classes
+    ]
+    if problems:
+        raise ConfigError(problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays, *, simula
         return
     folders = [state_folder(state_dir, run.identity, k) for k in range(config.num_clients)]
     if config.balancing.enabled:
-        run.write_json("choices.json", choices_by_round(folders))
+        took_part = {row["round"]: set(row.get("clients", ())) for row in run.read_rows("metrics.jsonl")}
+        run.write_json("choices.json", choices_by_round(folders, took_part))
     parts = load_parts(config.data)
     names = parts.info.class_names
     clients = [
@@ -67,18 +69,22 @@ def write_report(run: RunDirectory, config: RunConfig, arrays: Arrays, *, simula
         _write_alignment(run, config, parts, arrays, clients, states)
 
 
-def choices_by_round(folders: list[Path]) -> list[dict[str, int]]:
+def choices_by_round(folders: list[Path], took_part: Mapping[int, set[int]]) -> list[dict[str, int]]:
     """Sum what the clients noted of their choices of real images, for each round in which one was made after a client's first.
 
     Of the images kept in classes that were cut down: how many the choice before had kept too, and how many the replay brought back.
-    A reply that was lost may have left a line; of several of one round the last counts.
+
+    Args:
+        folders: The clients' own, by number.
+        took_part: By round, the clients whose replies counted: a reply that was lost has left a line too. Of several lines of a round the
+            last counts.
     """
     rows: dict[int, dict[str, int]] = {}
-    for folder in folders:
+    for client, folder in enumerate(folders):
         file = folder / "choices.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         for row in {row["round"]: row for row in map(json.loads, lines)}.values():
-            if row["kept_again"] is not None:
+            if row["kept_again"] is not None and client in took_part.get(row["round"], ()):
                 total = rows.setdefault(row["round"], {"clients": 0, "kept": 0, "kept_again": 0, "replayed": 0})
                 total["clients"] += 1
                 for name in ("kept", "kept_again", "replayed"):

@@ -48,6 +48,8 @@ from fbl_flower.training.round import load_classifier
 from fbl_flower.training.server_tuning import tune
 
 app = ServerApp()
+_DIVERGED = 1e9  # a loss that no classifier has that learns
+_HOW_TO_CONVERGE = "the training has diverged. Lower train.learning-rate (or the server's)."
 _SCORES = ("accuracy", "loss", "averaged_accuracy", "averaged_loss", "untuned_accuracy", "untuned_loss")
 
 
@@ -58,7 +60,7 @@ def main(grid: Grid, context: Context) -> None:
         config = parse_config(context.run_config)
         preflight(config, clients_here=is_simulated(grid))
         torch.set_num_threads(config.num_threads)
-        run, start, claim = open_run(config)
+        run, start, claim = open_run(config, data=load_parts(config.data).identity)
     except FBLError as error:
         log(WARNING, "The run cannot start. %s", error)
         raise
@@ -104,7 +106,6 @@ class _Federation:
         for note in self.parts.notes:
             log(WARNING, "data: %s", note)
         if start is not None:
-            start.check_data(self.parts.identity)
             log(INFO, "Round %d: %s", start.server_round + 1, self.run_dir.restart)
         if config.balancing.enabled and config.balancing.average_embeddings:
             log(WARNING, "balancing.average-embeddings: vectors that moved tell the server which classes a client fills")
@@ -135,6 +136,7 @@ class _Federation:
             untuned = next_point(
                 point, result.replies, self.roles, config=config, server_round=server_round, parameters=self._parameters
             )
+            _check_finite(untuned)
             tuned, tuning_seconds = self._tune(untuned)
             point = with_average(replace(untuned, arrays=tuned) if tuned and config.server_tuning.every else untuned, config)
             self._record(replace(result, tuning_seconds=tuning_seconds), point, tuned=tuned, untuned=untuned.arrays)
@@ -287,20 +289,19 @@ class _Federation:
         `accuracy` is of the tuned model where there is one, else of the point's.
         """
         started = time.perf_counter()
+        _check_finite(point)
         evaluation = self._evaluate(tuned or point.arrays)
-        kept = [point.arrays, *point.method_state.values(), {} if point.embeddings is None else {"P": point.embeddings}]
-        if not (math.isfinite(evaluation.loss) and all(map(all_finite, kept))):
-            raise RunFailed(
-                f"round {point.server_round}: the new global model, its loss, or what the server keeps for a method is not finite: the "
-                "training has diverged. Lower train.learning-rate (or the server's)."
-            )
+        others = {"averaged": point.method_state.get(AVERAGE), "untuned": untuned if tuned is not None else None}
+        scores = {kind: self._evaluate(arrays) for kind, arrays in others.items() if arrays is not None}
+        worst = max([evaluation.loss, *(score.loss for score in scores.values())], key=lambda loss: (math.isnan(loss), loss))
+        if not worst < _DIVERGED:
+            found = f"{worst:.3g}" if math.isfinite(worst) else "not finite"
+            raise RunFailed(f"round {point.server_round}: the loss is {found}: {_HOW_TO_CONVERGE}")
         replies = result.replies.values()
         num_examples = sum(r.num_examples for r in replies)
         row: dict[str, Any] = {"round": point.server_round, "accuracy": evaluation.accuracy, "loss": evaluation.loss}
-        if AVERAGE in point.method_state:
-            row |= _scores("averaged", self._evaluate(point.method_state[AVERAGE]))
-        if tuned is not None and untuned is not None:
-            row |= _scores("untuned", self._evaluate(untuned))
+        for kind, score in scores.items():
+            row |= {f"{kind}_accuracy": score.accuracy, f"{kind}_loss": score.loss}
         line = f"Round {point.server_round}/{self.config.num_server_rounds}: accuracy {100 * evaluation.accuracy:.2f} %"
         if replies:
             row |= {
@@ -368,8 +369,13 @@ class _Federation:
         log(INFO, "Run directory: %s", self.run_dir.path)
 
 
-def _scores(kind: str, evaluation: Evaluation) -> dict[str, float]:
-    return {f"{kind}_accuracy": evaluation.accuracy, f"{kind}_loss": evaluation.loss}
+def _check_finite(point: Checkpoint) -> None:
+    """Refuse a global model, or what the server keeps for a method, that is not finite; raises `RunFailed`."""
+    kept = [point.arrays, *point.method_state.values(), {} if point.embeddings is None else {"P": point.embeddings}]
+    if not all(map(all_finite, kept)):
+        raise RunFailed(
+            f"round {point.server_round}: the new global model, or what the server keeps for a method, is not finite: {_HOW_TO_CONVERGE}"
+        )
 
 
 def choose_clients(

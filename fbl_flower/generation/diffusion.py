@@ -22,7 +22,7 @@ from fbl_flower.generation.network import build_network, patch_of, read_network_
 from fbl_flower.generation.protocol import check_request
 from fbl_flower.generation.quantization import dequantize_, load_quantized
 from fbl_flower.generation.recipe import GeneratorInfo, check_files, read_info
-from fbl_flower.seeding import torch_generator
+from fbl_flower.seeding import NOISE, torch_generator
 
 _LOADING = threading.Lock()  # accelerate patches nn.Module while a network is laid out: one at a time
 # second order and multistep: four to eight evaluations of the network suffice (Lu et al., arXiv 2211.01095)
@@ -65,6 +65,7 @@ class DiffusionGenerator:
         )
         decisive = {
             "files": dict(sorted(info.files.items())),
+            "noise": NOISE,
             "scheduler": ["DPMSolverMultistep", _SCHEDULER],
             "steps": steps,
             "guidance": float(guidance),

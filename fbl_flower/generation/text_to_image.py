@@ -26,7 +26,7 @@ from fbl_flower.generation.protocol import check_request
 from fbl_flower.generation.quantization import dequantize_
 from fbl_flower.generation.schedulers import check_steps, make_scheduler, read_scheduler
 from fbl_flower.generation.text_to_image_recipe import WAY_OUT, PipelineInfo, check_pipeline_files, read_pipeline_info
-from fbl_flower.seeding import derive, torch_generator
+from fbl_flower.seeding import NOISE, derive, torch_generator
 
 _SMALL = 50_000_000  # weights up to which a float twin is worth its memory: it is faster on a CPU
 _BLANK = 2 / 255  # an image whose channels all vary less than this, in 0 .. 1, shows nothing
@@ -102,6 +102,7 @@ class TextToImageGenerator:
         check_steps(self._scheduler(), max(settings.steps, self._image_steps if settings.image_to_image else 0))
         decisive = {
             "files": dict(sorted(info.files.items())),
+            "noise": NOISE,
             "scheduler": settings.scheduler,
             "steps": settings.steps,
             "guidance": float(settings.guidance),

@@ -54,7 +54,11 @@ def as_received(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> ModelC
     """Return the settings with the stem and width that `arrays` have: who receives a model need not know what made it."""
     if config.name != "resnet18":
         return config
-    first = arrays[min((name for name in arrays if name.endswith("conv1.weight")), key=len)]
+    first = arrays.get(min((name for name in arrays if name.endswith("conv1.weight")), key=len, default=""))
+    if first is None or first.ndim != 4:
+        raise ConfigError(
+            ["model.name: 'resnet18'; the model that was received has no first convolution, and is another network"]
+        )
     return replace(config, stem="32x32" if first.shape[-1] == 3 else "imagenet", width=len(first))
 
 

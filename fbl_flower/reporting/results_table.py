@@ -25,6 +25,8 @@ class TableLine:
         to_target: By seed, the first round with at least that accuracy; None: not reached.
         bytes_to_target: By seed, what was sent in both directions up to that round.
         bytes_sent: By seed, what was sent in both directions in the whole run.
+        untuned: By seed, the accuracy before the server trained the model (`server-tuning`).
+        averaged: By seed, the accuracy of the average of the global model over rounds (`server.average`).
         wrong_kept: By seed, the share of wrong labels, 0 .. 1, among the real images that sampling kept at the end.
     """
 
@@ -39,6 +41,8 @@ class TableLine:
     to_target: Mapping[int, int | None] = field(default_factory=dict)
     bytes_to_target: Mapping[int, int] = field(default_factory=dict)
     bytes_sent: Mapping[int, int] = field(default_factory=dict)
+    untuned: Mapping[int, float] = field(default_factory=dict)
+    averaged: Mapping[int, float] = field(default_factory=dict)
     wrong_kept: Mapping[int, float] = field(default_factory=dict)
 
     @property
@@ -80,6 +84,11 @@ def as_markdown(lines: Sequence[TableLine], seeds: Sequence[int], *, scored_on: 
     columns += [(f"seed {seed}", [_number(line.accuracies, [seed], 100, 2) for line in lines], True) for seed in seeds]
     settled = [_summary(line.settled, len(seeds)) if line.settled else "–" for line in lines]
     columns.append(("mean of the last 5 rounds (%)", settled, any(line.settled for line in lines)))
+    for head, scores in (
+        ("before tuning (%)", [line.untuned for line in lines]),
+        ("average over rounds (%)", [line.averaged for line in lines]),
+    ):
+        columns.append((head, [_summary(one, len(seeds)) if one else "–" for one in scores], any(scores)))
     has_target = any(line.target is not None for line in lines)
     columns += [
         ("target (%)", [f"{100 * line.target:g}" if line.to_target and line.target else "" for line in lines], has_target),
@@ -113,18 +122,19 @@ def as_csv(lines: Sequence[TableLine], seeds: Sequence[int]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     head = ["row", "rounds", "num_seeds", "mean_percent", "sd_percent", *(f"seed_{seed}_percent" for seed in seeds)]
     head += ["mean_seconds", "synthetic_images", "target_percent", "num_seeds_to_target", "mean_rounds_to_target"]
-    head += ["mean_bytes_to_target", "mean_bytes_sent", "mean_wrong_kept_percent", "mean_last_5_rounds_percent", "command"]
+    head += ["mean_bytes_to_target", "mean_bytes_sent", "mean_wrong_kept_percent", "mean_last_5_rounds_percent"]
+    head += ["mean_untuned_percent", "mean_averaged_percent", "command"]
     writer.writerow(head)
     for line in lines:
         per_seed = [100 * line.accuracies[seed] if seed in line.accuracies else None for seed in seeds]
         reached: float | str | None = _mean(line.reached) if line.reached else "not reached" if line.to_target else None
-        wrong, settled = _mean(line.wrong_kept), _mean(line.settled)
+        shares = [_mean(one) for one in (line.wrong_kept, line.settled, line.untuned, line.averaged)]
         writer.writerow(
             [
                 *(line.title, line.rounds, len(line.accuracies), line.mean, line.deviation, *per_seed),
                 *(_mean(line.seconds), line.generator, None if line.target is None else 100 * line.target),
                 *(len(line.reached) if line.to_target else None, reached, _mean(line.bytes_to_target), _mean(line.bytes_sent)),
-                *(None if share is None else 100 * share for share in (wrong, settled)),
+                *(None if share is None else 100 * share for share in shares),
                 line.command,
             ]
         )

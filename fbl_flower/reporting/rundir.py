@@ -111,7 +111,7 @@ class RunDirectory:
         return run
 
     @classmethod
-    def reopen(cls, config: RunConfig) -> tuple[RunDirectory, Checkpoint]:
+    def reopen(cls, config: RunConfig, *, data: Mapping[str, str]) -> tuple[RunDirectory, Checkpoint]:
         """Open the folder of `config.resume` to go on from its checkpoint, and note that in nodes.json.
 
         Later lines of metrics and timings are cut off. The summary is removed if rounds are to come; if it says that the run failed, its
@@ -119,9 +119,13 @@ class RunDirectory:
 
         Its config.toml gets what may change: the run that is killed again goes on to the new number of rounds.
 
+        Args:
+            config: Its `resume` is the folder.
+            data: What the server reads now, as `DataParts.identity`.
+
         Raises:
             ConfigError: A setting that decides the results differs from the first part's.
-            StateError: There is no folder, no checkpoint, or it is damaged.
+            StateError: There is no folder, no checkpoint, or it is damaged or of other data. The folder is left as it was.
         """
         import tomllib
 
@@ -142,10 +146,13 @@ class RunDirectory:
         if problems:
             raise ConfigError(problems)
         checkpoint = run._read_checkpoint()
+        checkpoint.check_data(data)
         _replace(run.path / "config.toml", to_toml(flatten(config) | {"resume": ""}).encode())
         for name in ("metrics.jsonl", "timings.jsonl"):
             run._cut(name, checkpoint.server_round)
         longer = ""
+        if config.num_server_rounds > rounds:
+            run._forget_last_tuning(config)
         if config.num_server_rounds > rounds and config.train.schedule != "constant":
             longer = (
                 f"; num-server-rounds was {rounds} and is {config.num_server_rounds}: train.schedule {config.train.schedule!r} follows the "
@@ -220,6 +227,22 @@ class RunDirectory:
             method_state=method_state,
             data=data,
         )
+
+    def knows_its_data(self) -> bool:
+        """Tell whether the checkpoint says which data it is of; older versions wrote none of it, and cannot be resumed."""
+        try:
+            with safe_open(self.path / "checkpoint.safetensors", "numpy") as file:
+                return "data" in (file.metadata() or {})
+        except (OSError, SafetensorError):
+            return False
+
+    def _forget_last_tuning(self, config: RunConfig) -> None:
+        """Give the last line of metrics the model that a longer run goes on from, where that is not the tuned one."""
+        rows = self.read_rows("metrics.jsonl")
+        if rows and not config.server_tuning.every and "untuned_accuracy" in rows[-1]:
+            for name in ("accuracy", "loss"):
+                rows[-1][name] = rows[-1].pop(f"untuned_{name}")
+            _replace(self.path / "metrics.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode())
 
     def _note_restart(self, server_round: int, *, last: int, longer: str) -> str:
         summary, event = self.read_json("summary.json"), "started again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,14 @@ AUTO = "auto"
 _PATIENCE = 60.0  # seconds that the server process of a killed SuperLink may take to end
 
 
-def open_run(config: RunConfig, *, patience: float = _PATIENCE) -> tuple[RunDirectory, Checkpoint | None, Claim]:
+def open_run(
+    config: RunConfig, *, data: Mapping[str, str], patience: float = _PATIENCE
+) -> tuple[RunDirectory, Checkpoint | None, Claim]:
     """Make a run directory, or open the one that `resume` asks for together with its checkpoint.
 
     Args:
         config: Its `resume` is empty, a run directory, or "auto".
+        data: What the server reads, as `DataParts.identity`: a run is resumed with the same only.
         patience: Seconds to wait for a server that is about to end.
 
     Raises:
@@ -40,7 +44,7 @@ def open_run(config: RunConfig, *, patience: float = _PATIENCE) -> tuple[RunDire
     except StateError as error:
         raise StateError(f"resume: {error}; or start a run of its own (resume empty)") from error
     try:
-        return *RunDirectory.reopen(config), claim
+        return *RunDirectory.reopen(config, data=data), claim
     except BaseException:
         claim.release()
         raise
@@ -59,6 +63,6 @@ def _newest_unfinished(config: RunConfig) -> Path | None:
         except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, KeyError):
             continue  # no run of ours
         as_long = settings.get("num-server-rounds") == config.num_server_rounds
-        if not completed and as_long and not changed_settings(settings, wanted):
+        if not completed and as_long and not changed_settings(settings, wanted) and RunDirectory(folder).knows_its_data():
             return folder
     return None

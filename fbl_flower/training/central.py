@@ -72,8 +72,8 @@ def train_further(
         rng=rng,
         epoch_factors=epoch_factors(config.train.schedule, epochs),
     )
-    if not math.isfinite(trained.loss):
-        raise RunFailed(f"{what}: the loss is not finite; lower the learning rate")
+    if not (math.isfinite(trained.loss) and all(bool(p.isfinite().all()) for p in model.parameters())):
+        raise RunFailed(f"{what}: the loss or the model is not finite; lower the learning rate")
 
 
 def public_examples(parts: DataParts) -> Examples:
@@ -88,7 +88,7 @@ def public_examples(parts: DataParts) -> Examples:
 
 
 def synthetic_examples(config: RunConfig, parts: DataParts, *, num_images: int, purpose: str) -> Examples:
-    """Generate class-balanced images for the server's own use, through the cache in `state-dir`."""
+    """Generate images for the server's own use, through the cache in `state-dir`: of each class as many, but for the remainder."""
     labels = [i % parts.info.num_classes for i in range(num_images)]
     seeds = [derive(config.seed, purpose, i) for i in range(num_images)]
     cache = ImageCache(Path(config.state_dir).expanduser() / "cache")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fbl_flower.data.batches import to_float
 from fbl_flower.data.examples import Examples
-from fbl_flower.device import memory_format
+from fbl_flower.device import full_precision, memory_format
 from fbl_flower.models import Classifier
 
 _BATCH = 250
@@ -34,9 +34,10 @@ def predict(model: Classifier, images: torch.Tensor) -> tuple[torch.Tensor, torc
         [images.new_zeros(0, model.head.out_features, dtype=torch.float)],
     )
     for batch in images.split(_BATCH) if len(images) else ():
-        f = model.features(to_float(batch).contiguous(memory_format=layout))
-        features.append(f)
-        logits.append(model.head(f))
+        with full_precision():
+            f = model.features(to_float(batch).contiguous(memory_format=layout))
+            features.append(f)
+            logits.append(model.head(f))
     return torch.cat(features), torch.cat(logits)
 
 
