@@ -21,7 +21,7 @@ def pixel_keys(images: torch.Tensor) -> np.ndarray:
 
 def pixel_key(image: np.ndarray) -> int:
     """Return the key of one image, uint8 [C, H, W]: 64 bits."""
-    digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=8, key=repr(tuple(image.shape)).encode())
+    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8, key=repr(tuple(image.shape)).encode())
     return int.from_bytes(digest.digest(), "big")
 
 
