@@ -164,6 +164,7 @@ def test_one_step_of_the_vectors_by_hand() -> None:
         batch_size=1,
         learning_rate=0.1,
         momentum=0.9,
+        nesterov=False,
         weight_decay=0.3,
         clip_norm=1e-3,
         augment=False,

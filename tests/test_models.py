@@ -15,7 +15,7 @@ from fbl_flower.models import Classifier, as_received, check_model, empty_classi
 from fbl_flower.models.cpu_layers import use_cpu_layers
 from fbl_flower.params import to_arrays
 
-FULL: dict[str, Any] = {"width": 64, "stem": "imagenet"}  # ResNet-18 as torchvision has it
+FULL: dict[str, Any] = {"width": 64, "stem": "imagenet", "norm": "group"}  # ResNet-18 as torchvision has it
 
 
 def meta(*, channels: int = 3, num_classes: int = 10, **config: str) -> Classifier:
@@ -55,8 +55,8 @@ def test_a_network_that_learns_nothing_from_so_small_images_is_refused() -> None
         check_model(ModelConfig(**FULL), image_size=8)
     for config, size in (
         (ModelConfig(**FULL), 16),
-        (ModelConfig(stem="32x32"), 8),
-        (ModelConfig(norm="batch", **FULL), 8),
+        (ModelConfig(stem="32x32", norm="group"), 8),
+        (ModelConfig(**(FULL | {"norm": "batch"})), 8),
         (ModelConfig(name="tiny"), 8),
     ):
         check_model(config, image_size=size)
@@ -104,7 +104,7 @@ def test_logits_are_the_head_of_the_features() -> None:
 
 
 def test_batch_statistics_are_among_the_arrays_and_group_norm_has_none() -> None:
-    batch = new_classifier(ModelConfig(name="resnet18", norm="batch", **FULL), channels=1, num_classes=10, seed=0)
+    batch = new_classifier(ModelConfig(**(FULL | {"norm": "batch"})), channels=1, num_classes=10, seed=0)
     arrays = to_arrays(batch.state_dict())
     for end, dtype, count in (
         ("running_mean", "float32", 20),
@@ -247,7 +247,7 @@ def test_resnet18_is_torchvisions_own_function_at_sizes_with_maps_of_one_pixel()
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_width_64_is_torchvisions_resnet18(norm: str) -> None:
     """The same names and shapes, the same function of the same weights, and initial weights of the same spread."""
-    ours = new_classifier(ModelConfig(norm=norm, **FULL), channels=3, num_classes=10, seed=0).features
+    ours = new_classifier(ModelConfig(**(FULL | {"norm": norm})), channels=3, num_classes=10, seed=0).features
     theirs = resnet18(norm_layer=partial(torch.nn.GroupNorm, 32) if norm == "group" else None)
     theirs.fc = torch.nn.Identity()
     stds = {name: tensor.std().item() for name, tensor in theirs.state_dict().items() if tensor.ndim == 4}
@@ -264,7 +264,7 @@ def test_narrow_networks(width: int, parameters: int) -> None:
     model = new_classifier(ModelConfig(width=width, stem="32x32", norm="batch"), channels=3, num_classes=10, seed=0)
     assert model.width == 8 * width
     assert sum(p.numel() for p in model.parameters()) == parameters
-    group = new_classifier(ModelConfig(width=width, stem="32x32"), channels=3, num_classes=10, seed=0)
+    group = new_classifier(ModelConfig(width=width, stem="32x32", norm="group"), channels=3, num_classes=10, seed=0)
     groups = {m.num_groups for m in group.modules() if isinstance(m, torch.nn.GroupNorm)}
     assert groups == {width // 2}
     assert group(torch.zeros(1, 3, 32, 32)).shape == (1, 10)

@@ -53,6 +53,7 @@ def test_the_head_takes_steps_on_features_of_synthetic_images(tmp_path: Path) ->
             server_tuning__learning_rate=0.3,
             train__batch_size=40,
             train__momentum=0.0,
+            train__weight_decay=0.0,
             train__clip_norm=0.0,
             train__augment=False,
             train__precision="fp32",

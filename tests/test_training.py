@@ -74,8 +74,16 @@ def test_weight_decay_and_momentum_by_hand() -> None:
     v_1 = 0.5 * 1 = 0.5, w_1 = 0.95; v_2 = 0.25 + 0.475 = 0.725, w_2 = 0.8775."""
     model = linear(1, 1)
     nn.init.ones_(model.head.weight)
-    fit(model, pixels([[255]], [0]), weight_decay=0.5, momentum=0.5, epochs=2)
+    fit(model, pixels([[255]], [0]), weight_decay=0.5, momentum=0.5, nesterov=False, epochs=2)
     assert model.head.weight.item() == pytest.approx(0.8775, abs=1e-6)
+
+
+def test_nesterov_momentum_by_hand() -> None:
+    """As above, by w <- w - lr (g + 0.5 v): w_1 = 1 - 0.1 * 0.75 = 0.925; g = 0.4625, v_2 = 0.7125, w_2 = 0.925 - 0.1 * 0.81875."""
+    model = linear(1, 1)
+    nn.init.ones_(model.head.weight)
+    fit(model, pixels([[255]], [0]), weight_decay=0.5, momentum=0.5, nesterov=True, epochs=2)
+    assert model.head.weight.item() == pytest.approx(0.843125, abs=1e-6)
 
 
 def test_a_last_smaller_batch_is_used() -> None:

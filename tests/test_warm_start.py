@@ -37,8 +37,8 @@ def test_public_images_are_what_it_is_trained_on(tmp_path: Path) -> None:
 
 def test_its_step_size_is_its_own_and_the_clients_keep_theirs(tmp_path: Path) -> None:
     slow_clients = {"warm_start__images": "public", "train__learning_rate": 0.001}
-    start = start_of(tmp_path, **slow_clients, warm_start__learning_rate=0.05)
-    assert same(start, start_of(tmp_path, warm_start__images="public"))  # 0.05 is the default of train.learning-rate
+    start = start_of(tmp_path, **slow_clients, warm_start__learning_rate=0.1)
+    assert same(start, start_of(tmp_path, warm_start__images="public"))  # 0.1 is the default of train.learning-rate
     assert not same(start, start_of(tmp_path, **slow_clients))
 
 

@@ -70,7 +70,7 @@ class ModelConfig:
         "first layers of ResNet-18: 7x7/2 and max-pool (imagenet), or 3x3/1 (32x32); auto: 32x32 up to 64 pixels",
         choices=("auto", "imagenet", "32x32"),
     )
-    norm: str = option("group", "normalisation of ResNet-18", choices=("group", "batch"))
+    norm: str = option("batch", "normalisation of ResNet-18", choices=("group", "batch"))
     width: int = option(
         0,
         "channels of ResNet-18's first stage, a multiple of 8; 64 is ResNet-18; 0: 64 where the server has a GPU, else 16",
@@ -88,15 +88,15 @@ class TrainConfig:
 
     epochs: int = option(2, "passes over the client's balanced data in a round", low=1)
     batch_size: int = option(32, "images per step", low=1)
-    learning_rate: float = option(0.05, "step size of the model", above=0.0)
+    learning_rate: float = option(0.1, "step size of the model: the largest of the schedule", above=0.0)
     schedule: str = option(
-        "constant",
+        "one-cycle",
         "learning rate over the rounds: constant, a cosine to zero, or a rise in the first 30 % and then the cosine",
         choices=("constant", "cosine", "one-cycle"),
     )
     momentum: float = option(0.9, "momentum, from zero again in each round", low=0.0, high=0.999)
-    nesterov: bool = option(False, "Nesterov's form of the momentum")
-    weight_decay: float = option(0.0, "L2 penalty of the model's weights", low=0.0)
+    nesterov: bool = option(True, "Nesterov's form of the momentum, where there is any")
+    weight_decay: float = option(5e-4, "L2 penalty of the model's weights", low=0.0)
     clip_norm: float = option(5.0, "largest gradient norm of the model; 0: no clipping", low=0.0)
     augment: bool = option(True, "random shifts (and flips, for photographs), drawn anew for each batch")
     precision: str = option(

@@ -114,9 +114,6 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
         found.append((("data.background",), text))
     if d.channels == 2:
         found.append((("data.channels",), "data.channels: got 2; allowed: 0 | 1 | 3"))
-    if config.train.nesterov and not config.train.momentum:
-        text = "train.nesterov: true, but train.momentum is 0: there is no momentum to look ahead with"
-        found.append((("train.nesterov", "train.momentum"), text))
     if config.model.width % 8:
         found.append((("model.width",), f"model.width: got {config.model.width}; allowed: a multiple of 8"))
     if d.num_public >= 0 and d.num_validation > d.num_public:

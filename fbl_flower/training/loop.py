@@ -86,7 +86,8 @@ def train(
     groups: list[dict[str, object]] = [{"params": weights, "weight_decay": config.weight_decay}]
     if embeddings is not None:
         groups.append({"params": [embeddings], "lr": embedding_learning_rate, "weight_decay": 0.0})
-    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    nesterov = config.nesterov and config.momentum > 0
+    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=nesterov, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     # Drop has a stream of its own: switching alignment on changes neither the order nor the augmentation of the images.
     drop_rng = torch_generator(int(torch.randint(2**62, (), generator=rng)))
