@@ -53,7 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SETS: dict[str, dict[str, Any]] = {
     "digits": {"data.name": "digits", "data.num-private": 300, "model.name": "tiny"},
-    "mnist5k": {"data.name": "mnist5k", "data.num-private": 200, "data.num-test": 200},
+    "mnist5k": {"data.name": "mnist5k", "data.num-private": 200, "data.evaluate-on": "validation"},
 }
 
 
