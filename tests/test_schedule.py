@@ -39,7 +39,7 @@ def test_a_round_has_the_factor_of_its_middle() -> None:
 
 
 def test_a_constant_schedule_changes_nothing() -> None:
-    config = RunConfig()
+    config = parse_config({"train.schedule": "constant"})
     assert scheduled(config, 3) is config
 
 
