@@ -67,7 +67,7 @@ class DataParts:
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
-        """Say what was read, as text for each part: a run goes on only where all of it is the same."""
+        """Say what was read, as text for each part: a run is resumed only where all of it is the same."""
         parts = {"test": self.test, "public": self.public, "validation": self.validation, "private": self.private}
         return {"classes": json.dumps(self.info.class_names)} | {
             name: f"{len(part)} images, sha256 {examples_sha256(part)[:16]}" for name, part in parts.items()

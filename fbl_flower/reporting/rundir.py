@@ -237,7 +237,7 @@ class RunDirectory:
             return False
 
     def _forget_last_tuning(self, config: RunConfig) -> None:
-        """Give the last line of metrics the model that a longer run goes on from, where that is not the tuned one."""
+        """Give the last line of metrics the model that a longer run resumes from, where that is not the tuned one."""
         rows = self.read_rows("metrics.jsonl")
         if rows and not config.server_tuning.every and "untuned_accuracy" in rows[-1]:
             for name in ("accuracy", "loss"):
