@@ -59,7 +59,7 @@ OVERRIDES = st.fixed_dictionaries(
         "seed": st.integers(0, 2**40),
         "num-clients": st.integers(1, 1000),
         "fraction-train": st.floats(0.001, 1.0),
-        "output-dir": st.text(max_size=10),
+        "output-dir": st.text(max_size=10).filter(lambda text: not text.startswith("~")),  # "~name" wants a home directory
         "data.alpha": st.floats(1e-6, 1e6),
         "data.partition": st.sampled_from(["dirichlet", "iid"]),
         "balancing.enabled": st.booleans(),
