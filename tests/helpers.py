@@ -15,6 +15,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from PIL import Image
 
+from fbl_flower.federation import classification, rounds, server
 from fbl_flower.federation.local import run_local
 from fbl_flower.reporting.rundir import RunDirectory
 
@@ -67,6 +68,12 @@ def run_and_kill(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *, i
             run_local(settings)
     (killed,) = set(runs.iterdir()) - before or {Path(settings["resume"])}
     return killed
+
+
+def watch_log(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
+    """Add to `lines` what the server logs."""
+    for module in (server, rounds, classification):
+        monkeypatch.setattr(module, "log", lambda level, text, *values: lines.append(text % values))
 
 
 def save_image(path: Path, value: int | tuple[int, ...], *, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Path:

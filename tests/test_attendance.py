@@ -16,6 +16,7 @@ from fbl_flower.config import parse_config
 from fbl_flower.errors import DataError, RunFailed
 from fbl_flower.federation import client, server
 from fbl_flower.federation.local import LocalGrid, run_local
+from fbl_flower.federation.rounds import choose_clients
 from fbl_flower.federation.wire import NodeDescription
 from fbl_flower.reporting.rundir import RunDirectory
 
@@ -204,7 +205,7 @@ def test_a_run_goes_on_where_the_only_client_that_is_drawn_is_not_prepared(
 ) -> None:
     prepare_client = client.prepare_client
     config = parse_config(quick(tmp_path, fraction_train=0.25))
-    (broken,) = server.choose_clients(config, [0, 1, 2, 3], 1)
+    (broken,) = choose_clients(config.fraction_train, [0, 1, 2, 3], 1, seed=config.seed)
 
     def prepare(config: Any, number: int, **kwargs: Any) -> Any:
         if number == broken:

@@ -110,7 +110,11 @@ def test_a_whole_number_serves_where_a_number_is_wanted() -> None:
         ("balancing.enabled", 1, "got 1 (int); allowed: true | false"),
         ("balancing.enabled", "true", "got 'true' (str); allowed: true | false"),
         ("data.name", "imagenet", f"got 'imagenet' (str); allowed: {' | '.join(DATA_NAMES)}"),
-        ("generator.name", "gan", "got 'gan' (str); allowed: diffusion | text-to-image | public-images | own-images"),
+        (
+            "generator.name",
+            "gan",
+            "got 'gan' (str); allowed: auto | diffusion | federated | text-to-image | public-images | own-images",
+        ),
         ("balancing.sampling", True, "got True (bool); allowed: loss | random | none"),
         ("output-dir", 3, "got 3 (int); allowed: text"),
         ("seed", 2**63, f"got {2**63}; Flower carries whole numbers of 64 bits, up to {2**63 - 1}"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from flwr.app import Array, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from helpers import quick, run_and_kill
+from helpers import quick, run_and_kill, watch_log
 from safetensors.numpy import load_file
 
 from fbl_flower.config import parse_config
@@ -22,6 +22,7 @@ from fbl_flower.errors import ConfigError, DataError, FBLError, RunFailed, State
 from fbl_flower.federation import client, server
 from fbl_flower.federation.exchange import ask
 from fbl_flower.federation.local import LocalGrid, run_local
+from fbl_flower.federation.rounds import choose_clients
 from fbl_flower.federation.wire import Reply, Request, array_record, code_fingerprint
 from fbl_flower.generation.public import PublicImages
 from fbl_flower.training import prepare
@@ -43,7 +44,7 @@ def test_run_directory_holds_everything(tmp_path: Path) -> None:
     assert names == {
         "config.toml", "versions.json", "metrics.jsonl", "timings.jsonl", "nodes.json", "summary.json", "checkpoint.safetensors",
         "model.safetensors", "accuracy.png", "gallery.png", "alignment.png", "alignment.json", "class_counts.png",
-        "choices.json",
+        "choices.json", "generator.json",
     }  # fmt: skip
     rows = [json.loads(line) for line in metrics(outcome.run_dir).splitlines()]
     assert [row["round"] for row in rows] == list(range(7))
@@ -128,7 +129,7 @@ def test_a_client_whose_memory_is_gone_is_named(tmp_path: Path, monkeypatch: pyt
     run_dir = run_local(settings).run_dir
     shutil.rmtree(tmp_path / "state" / "clients" / run_dir.name / "client-0002")
     lines: list[str] = []
-    monkeypatch.setattr(server, "log", lambda level, text, *values: lines.append(text % values))
+    watch_log(monkeypatch, lines)
     run_local(settings | {"num-server-rounds": 4, "resume": str(run_dir)})
     assert [line for line in lines if "afresh" in line] == [
         "Round 3: client 2 finds nothing of this run on its disk and starts afresh"
@@ -149,7 +150,7 @@ def test_clients_that_go_on_with_another_generator_are_named(tmp_path: Path, mon
 
     monkeypatch.setattr(PublicImages, "__init__", retrained)
     lines: list[str] = []
-    monkeypatch.setattr(server, "log", lambda level, text, *values: lines.append(text % values))
+    watch_log(monkeypatch, lines)
     run_local(settings | {"num-server-rounds": 4, "resume": str(run_dir)})
     assert [line.split(":")[:2] for line in lines if "another generator" in line] == [
         ["Round 3", f" client {k} has synthetic images of another generator than before"] for k in range(4)
@@ -365,22 +366,20 @@ def test_wire_round_trip_keeps_names_dtypes_and_numbers() -> None:
 
 
 def test_the_smallest_fraction_is_one_client() -> None:
-    assert len(server.choose_clients(parse_config({"num-clients": 10, "fraction-train": 1e-11}), list(range(10)), 1)) == 1
+    assert len(choose_clients(1e-11, list(range(10)), 1, seed=0)) == 1
 
 
 def test_choose_clients_depends_on_seed_and_round_only() -> None:
-    config = parse_config({"num-clients": 10})
-    rounds = [server.choose_clients(config, list(range(10)), r) for r in range(1, 40)]
+    rounds = [choose_clients(0.5, list(range(10)), r, seed=0) for r in range(1, 40)]
     assert all(len(set(r)) == 5 and r == sorted(r) for r in rounds)
     assert {k for r in rounds for k in r} == set(range(10))
-    assert rounds[0] == server.choose_clients(config, list(range(10)), 1)
-    one = parse_config({"num-clients": 10, "fraction-train": 0.1})
+    assert rounds[0] == choose_clients(0.5, list(range(10)), 1, seed=0)
     for server_round in range(1, 40):  # nobody else is chosen only if there is nobody else
-        (drawn,) = server.choose_clients(one, list(range(10)), server_round)
-        (other,) = server.choose_clients(one, list(range(10)), server_round, unprepared={drawn})
+        (drawn,) = choose_clients(0.1, list(range(10)), server_round, seed=0)
+        (other,) = choose_clients(0.1, list(range(10)), server_round, seed=0, unprepared={drawn})
         assert other != drawn
-        assert server.choose_clients(one, list(range(10)), server_round, unprepared={other, 11}) == [drawn]
-        assert server.choose_clients(one, list(range(10)), server_round, unprepared=set(range(10))) == [drawn]
+        assert choose_clients(0.1, list(range(10)), server_round, seed=0, unprepared={other, 11}) == [drawn]
+        assert choose_clients(0.1, list(range(10)), server_round, seed=0, unprepared=set(range(10))) == [drawn]
 
 
 def test_ask_reports_each_answer_and_keeps_order() -> None:

@@ -258,7 +258,7 @@ def test_a_file_is_read_for_its_sum_once_and_again_when_it_was_changed(folder, m
 
 def test_no_bundled_generator_for_these_images():
     refused(
-        *configure("", data__image_size=12),
+        *configure("", data__image_size=12, generator__name="diffusion"),
         "no generator comes with the package for digits-12px (it has digits-28px, digits-8px, fashion-mnist-28px, mnist5k-28px)",
         'generator.name = "public-images"',
     )

@@ -17,10 +17,11 @@ from fbl_flower.errors import GeneratorError
 from fbl_flower.generation import folder, preview, training, training_checkpoint
 from fbl_flower.generation.augment import deform
 from fbl_flower.generation.diffusion import DiffusionGenerator
+from fbl_flower.generation.flow import draw_batch, flow_loss
 from fbl_flower.generation.folder import quantize_generator
 from fbl_flower.generation.quantization import WEIGHTS
 from fbl_flower.generation.recipe import Augmentation, TrainingRecipe, check_files, read_info
-from fbl_flower.generation.training import Training, draw_batch, flow_loss, train_generator
+from fbl_flower.generation.training import Training, train_generator
 from fbl_flower.generation.training_checkpoint import Spent, TrainingCheckpoint
 from fbl_flower.seeding import torch_stream
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fbl_flower.cli import decimals, main, widths
-from fbl_flower.commands.generator import default_deformation
 from fbl_flower.commands.json_file import write_json
 from fbl_flower.config import ModelConfig
 from fbl_flower.data.info import DATASETS
+from fbl_flower.generation.augment import default_deformation
 from fbl_flower.generation.recipe import read_info
 from fbl_flower.training import judge
 

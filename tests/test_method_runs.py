@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from helpers import RecordingGrid, quick, run_and_kill
+from helpers import RecordingGrid, quick, run_and_kill, watch_log
 from safetensors.numpy import load_file
 
 from fbl_flower.config import RunConfig
@@ -152,7 +152,7 @@ def test_what_a_client_remembers_changes_and_counts(tmp_path: Path, monkeypatch:
     assert all(np.abs(first[name] - second[name]).max() > 0 for name in ("head.weight", "features.0.weight"))
     shutil.rmtree(folder)
     lines: list[str] = []
-    monkeypatch.setattr(server, "log", lambda level, text, *values: lines.append(text % values))
+    watch_log(monkeypatch, lines)
     for run_dir in (whole, robbed):
         run_local(settings | {"num-server-rounds": 3, "resume": str(run_dir)})
     assert [line for line in lines if "afresh" in line] == [

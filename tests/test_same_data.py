@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from helpers import quick, run_and_kill, save_image, write_folder
+from helpers import quick, run_and_kill, save_image, watch_log, write_folder
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -117,7 +117,7 @@ def test_a_node_whose_images_change_is_left_out_by_name(tmp_path: Path) -> None:
     def train(message: Message, context: Context) -> Message:
         if Request.from_record(message.content).server_round == 2 and context.node_id == 2:
             save_image(folders[2] / "cat" / "new.png", (7, 7, 7))
-            client._prepared.cache_clear()
+            client.forget_clients()
         return client.train(message, context)
 
     app = ClientApp()
@@ -164,7 +164,7 @@ def test_a_run_that_diverges_fails_by_name_and_leaves_only_numbers(tmp_path: Pat
 def test_a_round_without_any_image_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No number is made up where there is none."""
     lines: list[str] = []
-    monkeypatch.setattr(server, "log", lambda level, text, *values: lines.append(text % values))
+    watch_log(monkeypatch, lines)
     settings = quick(tmp_path, num_clients=60, data__alpha=0.01, data__num_private=60, fraction_train=0.01)
     run_dir = run_local(settings | {"num-server-rounds": 20, "balancing.enabled": False}).run_dir
     rows = [strict_json(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()[1:]]
@@ -222,7 +222,7 @@ def test_a_choice_is_counted_on_the_clients_own_disk(tmp_path: Path) -> None:
 
 def test_a_longer_run_says_that_its_schedule_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(server, "log", lambda level, text, *values: lines.append(text % values))
+    watch_log(monkeypatch, lines)
     settings = quick(tmp_path, train__schedule="cosine", num_server_rounds=2)
     run = run_local(settings).run_dir
     run_local(settings | {"num-server-rounds": 3, "resume": str(run)})

@@ -80,7 +80,5 @@ def test_without_validation_images_nothing_starts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["generator.blur", "generator.noise"])
 def test_only_public_images_are_degraded(key: str) -> None:
     assert parse_config({key: 0.5, "generator.name": "public-images"}).generator.name == "public-images"
-    with pytest.raises(
-        ConfigError, match=f"{key}: got 0.5; only public-images are degraded, and generator.name is 'diffusion'"
-    ):
+    with pytest.raises(ConfigError, match=f"{key}: got 0.5; only public-images are degraded, and generator.name is 'auto'"):
         parse_config({key: 0.5})

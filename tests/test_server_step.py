@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import quick, run_and_kill
+from helpers import quick, run_and_kill, watch_log
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from test_method_runs import checkpoint, federate, results
 
 from fbl_flower.config.server import ServerConfig
-from fbl_flower.federation import client, server
+from fbl_flower.federation import client
 from fbl_flower.federation.local import run_local
 from fbl_flower.federation.wire import Request
 from fbl_flower.methods.server_step import MOMENTUM, VARIANCE, next_average, server_step
@@ -112,7 +112,7 @@ def test_a_killed_run_resumes_to_equal_bytes(
 
 def test_the_average_is_evaluated_and_goes_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(server, "log", lambda level, text, *values: lines.append(text % values))
+    watch_log(monkeypatch, lines)
     plain = run_local(small(tmp_path)).run_dir
     assert not any(line.startswith("Server:") for line in lines)
     settings = small(tmp_path, server__average=0.9)

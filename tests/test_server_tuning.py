@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import quick, run_and_kill
+from helpers import quick, run_and_kill, watch_log
 from safetensors.numpy import load_file
 from test_method_runs import federate, results
 
@@ -17,7 +17,7 @@ from fbl_flower.config import RunConfig, parse_config
 from fbl_flower.config.server import ServerTuningConfig
 from fbl_flower.data.datasets import load_parts
 from fbl_flower.errors import ConfigError, GeneratorError, RunFailed
-from fbl_flower.federation import client, server
+from fbl_flower.federation import client
 from fbl_flower.federation.local import run_local
 from fbl_flower.federation.preflight import preflight
 from fbl_flower.federation.wire import Request
@@ -134,7 +134,7 @@ def test_after_the_last_round_the_result_is_the_tuned_model(tmp_path: Path) -> N
 
 def test_the_next_round_starts_from_the_tuned_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(server, "log", lambda level, text, *values: lines.append(text % values))
+    watch_log(monkeypatch, lines)
     settings = small(tmp_path, server_tuning__part="model", server_tuning__every=2, num_server_rounds=3, method__name="moon")
     run_dir, messages = federate(settings)
     assert lines.count("Server: tunes its model on 40 images of its generator every 2 rounds") == 1

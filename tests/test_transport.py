@@ -48,7 +48,8 @@ def test_the_bytes_of_a_round_are_in_the_metrics_and_of_each_client_in_the_timin
     model = new_classifier(config.model, channels=load_parts(config.data).info.channels, num_classes=10, seed=0)
     tensors = model.state_dict()
     of_arrays = sum(len(name) + 128 + 4 * tensor.numel() for name, tensor in tensors.items())
-    of_request = len("run" + "client" + "server-round" + "checkpoint-round" + "last-round") + 22 + 4 * 8
+    names = "run" + "client" + "server-round" + "checkpoint-round" + "last-round" + "generator" + "generator-id"
+    of_request = len(names) + 22 + 4 * 8 + len("public-images")
     of_reply = len("num-examples" + "num-real" + "train-loss" + "seconds" + "forgot" + "other-generator") + 6 * 8
     assert "bytes_to_clients" not in rows[0]
     for row, timing in zip(rows[1:], timings[1:], strict=True):

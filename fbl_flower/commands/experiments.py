@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fbl_flower.commands.experiment_files import read_layers
-from fbl_flower.config import RunConfig, Value, flatten, parse_config, to_toml
+from fbl_flower.config import AUTO, RunConfig, Value, flatten, parse_config, to_toml
 from fbl_flower.data.info import DATASETS
 from fbl_flower.data.sources import files_digest
 from fbl_flower.errors import ConfigError
@@ -99,10 +99,15 @@ def identity(config: RunConfig, kind: str = "federation") -> dict[str, Value]:
     if config.generator.path:
         folder = Path(config.generator.path).expanduser()
         settings["generator.path"] = f"{folder.name}@{_digest(folder)}"
-    elif _generates(config, kind) and (info := DATASETS.get(config.generator.trained_on or config.data.name)):
-        folder = bundled_generator(info.name, config.data.image_size or info.image_size)
+    elif _generates(config, kind) and (folder := bundled_of(config)):
         settings[_BUNDLED] = f"{folder.name}@{_digest(folder)}"
     return settings
+
+
+def bundled_of(config: RunConfig) -> Path | None:
+    """Return the folder of the bundled generator for a data set that has a name, whether there is one or not."""
+    info = DATASETS.get(config.generator.trained_on or config.data.name)
+    return info and bundled_generator(info.name, config.data.image_size or info.image_size)
 
 
 def _for_command_line(value: Value) -> str:
@@ -115,7 +120,7 @@ def _for_command_line(value: Value) -> str:
 def _generates(config: RunConfig, kind: str) -> bool:
     fills = config.balancing.enabled and config.balancing.filling
     wanted = kind == "synthetic-only" or (kind == "federation" and (fills or config.server_generates))
-    return wanted and config.generator.name == "diffusion"
+    return wanted and config.generator.name in (AUTO, "diffusion")
 
 
 def _digest(folder: Path) -> str:

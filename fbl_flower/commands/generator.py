@@ -14,9 +14,9 @@ from fbl_flower.commands.overrides import read_overrides
 from fbl_flower.config import RunConfig, Value, parse_config
 from fbl_flower.data.datasets import load_parts
 from fbl_flower.data.examples import Examples
-from fbl_flower.data.info import DataInfo
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError
+from fbl_flower.generation.augment import default_deformation
 from fbl_flower.generation.folder import quantize_generator
 from fbl_flower.generation.loading import load_generator
 from fbl_flower.generation.pipeline_store import AUTO, quantize_pipeline
@@ -62,11 +62,6 @@ def train(options: argparse.Namespace) -> None:
     if info is None:
         return
     print(f"{out}: trained in {info.wall_seconds:.0f} s ({info.cpu_seconds:.0f} s of processor time)")
-
-
-def default_deformation(info: DataInfo) -> float:
-    """Return by how much the ranges of the augmentation are multiplied: images that may be mirrored are photographs, which bend oddly."""
-    return 0.0 if info.flip else 1.0
 
 
 def draw_gallery(options: argparse.Namespace) -> None:

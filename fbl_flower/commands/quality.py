@@ -14,11 +14,11 @@ from fbl_flower.commands.bench import measure
 from fbl_flower.commands.generator import configuration_of, size_of
 from fbl_flower.commands.json_file import check_place, write_json
 from fbl_flower.commands.overrides import read_overrides
-from fbl_flower.config import RunConfig
+from fbl_flower.config import FEDERATED, RunConfig
 from fbl_flower.data.datasets import DataParts, load_parts
 from fbl_flower.data.examples import Examples
 from fbl_flower.errors import ConfigError, RunFailed
-from fbl_flower.generation.loading import generator_folder, load_generator, sampling_of
+from fbl_flower.generation.loading import generator_folder, load_generator, sampling_of, settled
 from fbl_flower.generation.measures import Classifier, TrainClassifier
 from fbl_flower.generation.protocol import ImageGenerator
 from fbl_flower.generation.quality import Quality, compare, measure_quality
@@ -68,11 +68,12 @@ def tune(options: argparse.Namespace) -> None:
     """Measure steps and guidance on validation images, and write the best into the generator's recipe."""
     config = configuration_of(options, folder=options.folder, found=_tuning_problems(options))
     candidates = [Sampling(steps=steps, guidance=guidance) for steps in options.steps for guidance in options.guidance]
-    if config.generator.name != "diffusion":
-        raise ConfigError([f"generator.name: got {config.generator.name!r}; only diffusion generators have a recipe to tune"])
     check_place(options.out)
     _tell_unused(options)
     parts = load_parts(config.data)
+    config = settled(config, parts)
+    if config.generator.name not in ("diffusion", FEDERATED):
+        raise ConfigError([f"generator.name: got {config.generator.name!r}; only diffusion generators have a recipe to tune"])
     torch.set_num_threads(options.threads)
     folder = generator_folder(config, parts)
 

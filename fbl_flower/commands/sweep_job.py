@@ -180,11 +180,11 @@ def _earlier_part(config: RunConfig) -> tuple[str, float]:
             print(f"starts afresh, not from {found}: {error}", flush=True)
             shutil.rmtree(found, ignore_errors=True)
             continue
-        print(f"goes on after round {point.server_round} of {found}", flush=True)
-        timings = run.read_rows("timings.jsonl")
-        return str(found), sum(
-            row["clients_seconds"] + row.get("tuning_seconds", 0) + row["evaluate_seconds"] for row in timings
-        )
+        where = f"after round {point.server_round}" if point else "with its generator's training"
+        print(f"goes on {where} of {found}", flush=True)
+        timings = run.read_rows("timings.jsonl") + run.generator_rounds.read_rows("timings.jsonl")
+        names = ("clients_seconds", "tuning_seconds", "evaluate_seconds")
+        return str(found), sum(row.get(name, 0) for row in timings for name in names)
     return "", 0.0
 
 

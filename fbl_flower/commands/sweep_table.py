@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fbl_flower.commands.experiments import Row
+from fbl_flower.commands.experiments import Row, bundled_of
+from fbl_flower.config import AUTO, FEDERATED
+from fbl_flower.generation.loading import kind_of
 from fbl_flower.reporting.results_pictures import Curve, accuracy_over_rounds_picture, final_accuracy_picture
 from fbl_flower.reporting.results_table import TableLine, as_csv, as_markdown
 
@@ -115,7 +117,11 @@ def source_of_synthetic(row: Row) -> str:
     used = (b.enabled and b.filling) or config.server_generates if row.kind == "federation" else row.kind == "synthetic-only"
     if not used:
         return ""
-    parts = [g.name, f"of {g.trained_on}" if g.trained_on else "", f"blur {g.blur:g} px" if g.blur else ""]
+    name = g.name
+    if name == AUTO:
+        folder = Path(g.path).expanduser() if g.path else bundled_of(config)
+        name = kind_of(folder) if folder is not None and folder.is_dir() else FEDERATED
+    parts = [name, f"of {g.trained_on}" if g.trained_on else "", f"blur {g.blur:g} px" if g.blur else ""]
     return ", ".join(filter(None, [*parts, f"noise {g.noise:g}" if g.noise else ""]))
 
 

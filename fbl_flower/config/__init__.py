@@ -9,11 +9,14 @@ from fbl_flower.config.parsing import Setting as Setting
 from fbl_flower.config.parsing import flatten as flatten
 from fbl_flower.config.parsing import parse_config as parse_config
 from fbl_flower.config.parsing import surface as surface
+from fbl_flower.config.sections import AUTO as AUTO
 from fbl_flower.config.sections import DATA_NAMES as DATA_NAMES
+from fbl_flower.config.sections import FEDERATED as FEDERATED
 from fbl_flower.config.sections import OWN_IMAGES as OWN_IMAGES
 from fbl_flower.config.sections import AggregationConfig as AggregationConfig
 from fbl_flower.config.sections import BalancingConfig as BalancingConfig
 from fbl_flower.config.sections import DataConfig as DataConfig
+from fbl_flower.config.sections import FederatedGeneratorConfig as FederatedGeneratorConfig
 from fbl_flower.config.sections import GeneratorConfig as GeneratorConfig
 from fbl_flower.config.sections import ModelConfig as ModelConfig
 from fbl_flower.config.sections import TrainConfig as TrainConfig

@@ -11,6 +11,7 @@ PACKAGED = ("mnist5k", "digits")  # data sets that come with a package
 OWN = ("folder", "parquet")  # the user's own images
 NAMED = ("cifar10", "cifar100", "tiny-imagenet", "eurosat", "fashion-mnist")
 OWN_IMAGES = "own-images"  # the generator that is none: repeats of a client's own images
+AUTO, FEDERATED = "auto", "federated"  # generators: one is found for the data set; the clients train one together
 DATA_NAMES = (*PACKAGED, *NAMED, *OWN)
 
 
@@ -151,9 +152,11 @@ class GeneratorConfig:
     """Where a client's synthetic images come from."""
 
     name: str = option(
-        "diffusion",
-        "class-conditional 4-bit diffusion, a quantised Stable Diffusion, real public images in their place, or repeats of a client's own",
-        choices=("diffusion", "text-to-image", "public-images", OWN_IMAGES),
+        AUTO,
+        "auto: that of generator.path, else one that comes with the data set, else federated. diffusion: class-conditional, in 4 bits; "
+        "federated: such a one, trained by the clients together before round 1; text-to-image: a quantised Stable Diffusion; or real public "
+        "images in their place, or repeats of a client's own",
+        choices=(AUTO, "diffusion", FEDERATED, "text-to-image", "public-images", OWN_IMAGES),
     )
     path: str = option(
         "", "directory of a generator; empty: the one that comes with the data set; text-to-image always needs a directory"
@@ -200,6 +203,24 @@ class GeneratorConfig:
     noise: float = option(
         0.0, "public-images: standard deviation of Gaussian noise, after the blur; pixels are 0 .. 1", low=0.0, high=1.0
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederatedGeneratorConfig:
+    """How the clients train a generator together, on their own images, before they are balanced."""
+
+    rounds: int = option(30, "rounds of training", low=1)
+    fraction_train: float = option(0.5, "share of the clients that train in a round", above=0.0, high=1.0)
+    epochs: int = option(4, "passes over a client's images in a round", low=1)
+    batch_size: int = option(32, "images per step", low=1)
+    learning_rate: float = option(1e-3, "step size of AdamW in the first round; a cosine over the rounds lowers it", above=0.0)
+    average: float = option(
+        0.8, "largest decay of the average over rounds, which becomes the generator; 0: the last round's", low=0.0, high=0.9999
+    )
+    optimizer_state: str = option(
+        "reset", "AdamW's moments: zero again in each round, or kept by each client", choices=("reset", "kept")
+    )
+    proximal: float = option(0.0, "weight mu of FedProx's term, half the squared distance to the global weights", low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

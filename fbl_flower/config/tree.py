@@ -22,12 +22,15 @@ from fbl_flower.config.methods import (
 )
 from fbl_flower.config.options import option
 from fbl_flower.config.sections import (
+    AUTO,
+    FEDERATED,
     OWN,
     OWN_IMAGES,
     PACKAGED,
     AggregationConfig,
     BalancingConfig,
     DataConfig,
+    FederatedGeneratorConfig,
     GeneratorConfig,
     ModelConfig,
     TrainConfig,
@@ -41,7 +44,7 @@ class RunConfig:
     """A whole run."""
 
     seed: int = option(0, "one number from which every random choice follows", low=0)
-    num_server_rounds: int = option(5, "rounds of training", low=1)
+    num_server_rounds: int = option(5, "rounds of training; 0: the clients only train a generator together", low=0)
     num_clients: int = option(10, "clients of the federation, spread over the nodes that connect", low=1)
     fraction_train: float = option(0.5, "share of the clients that train in a round", above=0.0, high=1.0)
     output_dir: str = option("~/.fbl/runs", "folder of the run directories, on the server")
@@ -60,6 +63,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     balancing: BalancingConfig = field(default_factory=BalancingConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    federated_generator: FederatedGeneratorConfig = field(default_factory=FederatedGeneratorConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     server_tuning: ServerTuningConfig = field(default_factory=ServerTuningConfig)
@@ -80,6 +84,11 @@ class RunConfig:
     def server_generates(self) -> bool:
         """Whether the server needs a generator."""
         return self.warm_start.generates or self.server_tuning.generates
+
+    @property
+    def clients_fill(self) -> bool:
+        """Whether clients that can generate need a generator."""
+        return self.balancing.enabled and self.balancing.filling and self.generator.name != OWN_IMAGES
 
 
 def rounded_up(share: float, number: int) -> int:
@@ -146,6 +155,9 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
     if g.name == "text-to-image" and not g.path:
         text = "generator.path: empty; text-to-image needs the directory that `fbl-flower generator quantize` made"
         found.append((("generator.name", "generator.path"), text))
+    if config.num_server_rounds == 0 and g.name not in (AUTO, FEDERATED):
+        text = f"num-server-rounds: got 0, which trains a generator only, and generator.name is {g.name!r}; allowed then: {FEDERATED}"
+        found.append((("num-server-rounds", "generator.name"), text))
     if g.resolution % 8:
         found.append((("generator.resolution",), f"generator.resolution: got {g.resolution}; allowed: 0, or a multiple of 8"))
     if 0 < g.guidance < 1:

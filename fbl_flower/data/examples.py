@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +47,13 @@ class Examples:
     def to(self, device: torch.device) -> Examples:
         """Return the examples on `device`."""
         return Examples(images=self.images.to(device), labels=self.labels.to(device), synthetic=self.synthetic.to(device))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tell these images and labels from others; a hash of both."""
+        digest = hashlib.sha256(self.labels.numpy().tobytes())
+        digest.update(self.images.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def counts(self, num_classes: int) -> torch.Tensor:
         """Return int64 [num_classes], the number of images of each class (n^c in the paper)."""

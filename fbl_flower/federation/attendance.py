@@ -53,12 +53,14 @@ class Attendance:
         roster: Of the start.
 
     Attributes:
+        title: What a round is called in the log: "Round", or that of a generator's training.
         roster: As it is now.
         not_prepared: By client, why it was not prepared when the run, or the server again, started; prepared later or not.
     """
 
     def __init__(self, grid: Grid, run: RunDirectory, roster: Roster) -> None:
         self._grid, self._run, self.roster = grid, run, roster
+        self.title = "Round"
         self._connected = {member.node for member in roster.members.values()}
         self._known = set(self._connected)  # nodes that said who they are, or are about to
         self._waited_for = set(self._connected)
@@ -76,6 +78,10 @@ class Attendance:
     def away(self) -> dict[int, str]:
         """Return the clients whose nodes were there and are not connected now, with that as the reason."""
         return {client: AWAY for client, node in self.roster.node_of.items() if node not in self._connected}
+
+    def trains_generator(self, client: int) -> bool:
+        """Return whether a client's node takes part in training a generator."""
+        return self.roster.described[client].trains_generator
 
     def unprepared(self) -> set[int]:
         """Return the clients that are not prepared, as far as is known."""
@@ -128,7 +134,9 @@ class Attendance:
         self._look(server_round, patience=min(_PATIENCE, timeout))
         while not self.present():
             if time.monotonic() >= deadline:
-                raise RunFailed(f"round {server_round}: no node that hosts a client is connected, after {timeout:g} s")
+                raise RunFailed(
+                    f"{self.title.lower()} {server_round}: no node that hosts a client is connected, after {timeout:g} s"
+                )
             time.sleep(_PAUSE)
             self._look(server_round, patience=min(_PATIENCE, timeout))
 
@@ -171,7 +179,7 @@ class Attendance:
         others = {place: member for place, member in self.roster.members.items() if member.node != node}
         if objection := self._objection(node, description):
             if self._refused.get(node) != objection:
-                log(WARNING, "Round %d: node %s is refused: %s", server_round, description.name, objection)
+                log(WARNING, "%s %d: node %s is refused: %s", self.title, server_round, description.name, objection)
                 self._refused[node] = objection
             self._known.discard(node)  # to be asked again: what keeps it out may end
             self.roster = replace(self.roster, members=others)
@@ -200,8 +208,9 @@ class Attendance:
 
     def _event(self, server_round: int, place: int, what: str) -> None:
         row = self._row(place)
-        log(INFO, "Round %d: node %s (clients %s): %s", server_round, row.name, ",".join(map(str, row.clients)), what)
-        self._events.append({"round": server_round, "name": row.name, "event": what})
+        clients = ",".join(map(str, row.clients))
+        log(INFO, "%s %d: node %s (clients %s): %s", self.title, server_round, row.name, clients, what)
+        self._events.append({self.title.lower(): server_round, "name": row.name, "event": what})
         self._write()
 
     def _row(self, place: int) -> NodeRow:

@@ -1,4 +1,4 @@
-"""The ClientApp: three handlers. What goes wrong is told to the server without a word about the client's data."""
+"""The ClientApp: four handlers. What goes wrong is told to the server without a word about the client's data."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ from flwr.clientapp import ClientApp
 from fbl_flower.balancing.old_state import remove_old_runs
 from fbl_flower.balancing.state import StateStore
 from fbl_flower.config import RunConfig, Value, parse_config
-from fbl_flower.errors import DataError, FBLError, StateError
+from fbl_flower.device import pick_device
+from fbl_flower.errors import ConfigError, DataError, FBLError, StateError
+from fbl_flower.federation.generator_supply import with_generator
 from fbl_flower.federation.node import describe_node, keep_state_days
+from fbl_flower.federation.node import trains_generator as told_to_train
 from fbl_flower.federation.transport import shrink
 from fbl_flower.federation.wire import Reply, Request
+from fbl_flower.generation.federated import local_stream, train_locally
 from fbl_flower.methods.base import State
 from fbl_flower.methods.choice import local_method
 from fbl_flower.params import all_finite
 from fbl_flower.roundstore import Record, RoundStore
 from fbl_flower.training.filtering import filter_row
-from fbl_flower.training.prepare import ClientData, prepare_client
+from fbl_flower.training.prepare import ClientData, client_images, forget_images, prepare_client
 from fbl_flower.training.readiness import Readiness, check_unchanged, explained
 from fbl_flower.training.roles import Role, role_of, settings_of
 from fbl_flower.training.round import run_local_round
@@ -83,6 +87,44 @@ def describe(message: Message, context: Context) -> Message:
     return Message(describe_node(context).to_record(), reply_to=message)
 
 
+@app.train("generator")
+@_discreet
+def train_generator(message: Message, context: Context) -> Message:
+    """Run one client's round of the generator that all train together."""
+    started = time.perf_counter()
+    config, request = _config(context), Request.from_record(message.content)
+    if not told_to_train(context):
+        problem = "this node does not train a generator (trains-generator)"
+        raise ConfigError([problem])
+    _check_hosted(request.client, context)
+    folder = state_folder(_state_dir(context), request.run, request.client)
+    with explained():
+        parts, real = client_images(config, request.client, _own_folder(config, context))
+    check_unchanged(folder / "images.json", real, client=request.client, num_classes=parts.info.num_classes)
+    store = _tensor_store(folder / "federated-generator")
+    kept = config.federated_generator.optimizer_state == "kept"
+    result = train_locally(
+        request.arrays,
+        real,
+        parts.info,
+        config.federated_generator,
+        server_round=request.server_round,
+        stream=local_stream(config.seed, request.client, request.server_round),
+        moments=store.load(before_round=request.server_round) if kept else None,
+        device=pick_device(config).type,
+    )
+    if result.moments:
+        store.save(result.moments, server_round=request.server_round, checkpoint_round=request.checkpoint_round)
+    reply = Reply(
+        arrays=shrink(result.arrays, request.arrays, precision=config.transport.precision),
+        num_examples=len(real),
+        num_real=len(real),
+        loss=result.loss,
+        seconds=time.perf_counter() - started,
+    )
+    return Message(reply.to_record(), reply_to=message)
+
+
 @app.train("prepare")
 @_discreet
 def prepare(message: Message, context: Context) -> Message:
@@ -90,7 +132,7 @@ def prepare(message: Message, context: Context) -> Message:
     config, request = _config(context), Request.from_record(message.content)
     role = _role(config, request.client, context)
     _tidy(_state_dir(context) / "clients", keep_state_days(context), request.run)
-    _client_data(config, request, context, role.capability)
+    _client_data(_supplied(config, request, context, role), request, context, role.capability)
     _tell_what_is_sent(request.client, role.method)
     return Message(RecordDict(), reply_to=message)
 
@@ -103,11 +145,12 @@ def train(message: Message, context: Context) -> Message:
     config, request = _config(context), Request.from_record(message.content)
     # Prepared at first contact, if it was not before.
     role, state_dir = _role(config, request.client, context), _state_dir(context)
+    config = _supplied(config, request, context, role)
     data = _client_data(config, request, context, role.capability)
     _tell_what_is_sent(request.client, role.method)
     config = scheduled(settings_of(config, role), request.server_round)
     store = StateStore(state_folder(state_dir, request.run, request.client))
-    method_store = _method_store(store.folder / role.method)
+    method_store = _tensor_store(store.folder / role.method)
     # Both as after the last round whose result the server has: what came of a lost reply is no part of the server's own state.
     state = store.load(before_round=request.last_round + 1)
     method_state = method_store.load(before_round=request.last_round + 1)
@@ -192,7 +235,21 @@ def _role(config: RunConfig, client: int, context: Context) -> Role:
     return role_of(config, client, capability=str(node.get("capability", "")), method=str(node.get("method", "")))
 
 
-def _method_store(folder: Path) -> RoundStore[State]:
+def _supplied(config: RunConfig, request: Request, context: Context, role: Role) -> RunConfig:
+    """Return the configuration with the run's generator, for a client that fills."""
+    if role.capability == "none" or not config.clients_fill:
+        return config
+    return with_generator(
+        config,
+        name=request.generator,
+        identity=request.generator_id,
+        files=request.generator_files,
+        folder=_state_dir(context) / "clients" / request.run / "generator",
+        own_path=bool(context.node_config.get("generator-path")),
+    )
+
+
+def _tensor_store(folder: Path) -> RoundStore[State]:
     return RoundStore(folder, pack=lambda state: Record(tensors=state), unpack=lambda record: record.tensors)
 
 
@@ -226,26 +283,30 @@ def _tell_what_is_sent(client: int, method: str) -> None:
 
 def _client_data(config: RunConfig, request: Request, context: Context, capability: str) -> ClientData:
     """Prepare a client. Time for generating that ran out is not granted again in the same run: the plan stays as it is."""
-    node = describe_node(context)
-    if request.client % node.num_partitions != node.partition_id:  # the server knows it by what it was before a restart
-        problem = (
-            f"this node does not host client {request.client}: it is partition {node.partition_id} of {node.num_partitions}"
-        )
-        raise StateError(problem, public=problem)
+    _check_hosted(request.client, context)
     spent = state_folder(_state_dir(context), request.run, request.client) / "time-budget-spent"
     may_generate = not (config.generator.time_budget and spent.exists())
     own_folder = _own_folder(config, context)
     data = _prepared(config, request.client, _state_dir(context), own_folder, capability, may_generate)
-    check_unchanged(spent.with_name("images.json"), data)
+    check_unchanged(spent.with_name("images.json"), data.real, client=data.client, num_classes=data.num_classes)
     if data.unfilled > 0 and may_generate:
         spent.parent.mkdir(parents=True, exist_ok=True)
         spent.write_text(f"{data.unfilled:.4f} of the synthetic images are missing: generator.time-budget ran out\n")
     return data
 
 
+def _check_hosted(client: int, context: Context) -> None:
+    """Refuse a client of another node: the server may know this one by what it was before a restart."""
+    node = describe_node(context)
+    if client % node.num_partitions != node.partition_id:
+        problem = f"this node does not host client {client}: it is partition {node.partition_id} of {node.num_partitions}"
+        raise StateError(problem, public=problem)
+
+
 def forget_clients() -> None:
     """Have this process prepare its clients again, from their files."""
     _prepared.cache_clear()
+    forget_images()
 
 
 @functools.lru_cache(maxsize=128)

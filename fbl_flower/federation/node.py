@@ -23,7 +23,20 @@ def describe_node(context: Context) -> NodeDescription:
         name=name or f"node-{partition_id}",
         capability=str(node.get("capability", "")),
         method=str(node.get("method", "")),
+        trains_generator=trains_generator(context),
     )
+
+
+def trains_generator(context: Context) -> bool:
+    """Return whether the node trains a federated generator (`trains-generator` of its node config; it does unless told otherwise).
+
+    Raises:
+        ConfigError: It is neither true nor false.
+    """
+    given = context.node_config.get("trains-generator", True)
+    if not isinstance(given, bool):
+        raise ConfigError([f"trains-generator (node config): got {given!r}; allowed: true | false"])
+    return given
 
 
 def keep_state_days(context: Context) -> float:

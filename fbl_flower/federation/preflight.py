@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from logging import WARNING
+from logging import INFO, WARNING
 from typing import TypeVar
 
 from flwr.common.logger import log
 
-from fbl_flower.config import OWN_IMAGES, RunConfig
+from fbl_flower.config import AUTO, FEDERATED, RunConfig
 from fbl_flower.data.corruption import believed_labels
-from fbl_flower.data.datasets import load_parts, scored_part
+from fbl_flower.data.datasets import DataParts, load_parts, scored_part
 from fbl_flower.data.partition import partition
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, DataError, FBLError, GeneratorError
-from fbl_flower.generation.loading import check_generator, check_generator_files
+from fbl_flower.generation.loading import check_generator, check_generator_files, choose_generator
 from fbl_flower.models import check_model, fitted
 from fbl_flower.training.central import public_examples
 from fbl_flower.training.roles import drawn_roles
@@ -23,10 +24,10 @@ from fbl_flower.training.roles import drawn_roles
 T = TypeVar("T")
 
 
-def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
+def preflight(config: RunConfig, *, clients_here: bool = True) -> RunConfig:
     """Load the data, cut it, and check the generator and the device, without training or generating anything.
 
-    Everything that is found is reported together.
+    Everything that is found is reported together. Returns the configuration with `generator.name` settled, if a generator is needed.
 
     Args:
         config: The run's.
@@ -59,13 +60,22 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
         attempt(partial(_check_numbers, config, parts.info.num_classes))
         network = fitted(config.model, image_size=parts.image_size, device=device)
         attempt(partial(check_model, network, image_size=parts.image_size))
-    somebody_fills = any(role.capability != "none" for role in drawn_roles(config))
-    fills = config.balancing.enabled and config.balancing.filling and config.generator.name != OWN_IMAGES
-    needed = (fills and somebody_fills) or config.server_generates
+    needed = generator_needed(config)
     generator_problems: list[str] = []
+    if needed and parts is not None:
+        name, why = choose_generator(config, parts)
+        if config.generator.name == AUTO:
+            log(INFO, "Generator: %s, since %s", name, why)
+        config = replace(config, generator=replace(config.generator, name=name))
+        if name == FEDERATED and not config.generator.path and clients_here:
+            generator_problems += _check_classes(config, parts)
+    if config.num_server_rounds == 0 and config.generator.name not in (AUTO, FEDERATED):
+        text = f"num-server-rounds: got 0, which trains a generator only; this run would use {config.generator.name!r}. "
+        found.append(ConfigError([text + "Set generator.name = 'federated'."]))
     if needed:
-        generator_problems = check_generator(config, parts) if parts is not None else check_generator_files(config)
-    if generator_problems and not (clients_here or config.server_generates):
+        generator_problems += check_generator(config, parts) if parts is not None else check_generator_files(config)
+    federated = config.generator.name == FEDERATED  # the server sends it
+    if generator_problems and not (clients_here or config.server_generates or federated):
         log(WARNING, "Not on this machine, and needed on each node that generates: %s", "; ".join(generator_problems))
         generator_problems = []
     settings = [problem for error in found if isinstance(error, ConfigError) for problem in error.problems]
@@ -76,6 +86,20 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> None:
         raise ConfigError(settings + generator_problems)
     if generator_problems:
         raise GeneratorError("\n".join(generator_problems))
+    return config
+
+
+def generator_needed(config: RunConfig) -> bool:
+    """Whether anybody generates in this run, or it is for the generator alone."""
+    somebody = any(role.capability != "none" for role in drawn_roles(config))
+    return (config.clients_fill and somebody) or config.server_generates or config.num_server_rounds == 0
+
+
+def _check_classes(config: RunConfig, parts: DataParts) -> list[str]:
+    """Refuse a federated generator of classes of which the clients of a simulation have no image."""
+    present = set(believed_labels(config, parts).tolist())
+    lacking = [name for label, name in enumerate(parts.info.class_names) if label not in present]
+    return [f"generator.name: federated, and no client has an image of {', '.join(lacking)}"] if lacking else []
 
 
 def _check_numbers(config: RunConfig, num_classes: int) -> None:

@@ -1,6 +1,7 @@
 """What travels between server and clients, and nothing else. Class counts have no field here; FedGen sends them among its own arrays.
 
-Three kinds of message: `query.describe` (who is there), `train.prepare` (get the data ready), `train` (one round).
+Four kinds of message: `query.describe` (who is there), `train.generator` (one round of training the generator together),
+`train.prepare` (get the data ready), `train` (one round of the classifier's training).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from flwr.common.constant import SType
 
 from fbl_flower.params import Arrays
 
-DESCRIBE, PREPARE, TRAIN = "query.describe", "train.prepare", "train"
+DESCRIBE, TRAIN_GENERATOR, PREPARE, TRAIN = "query.describe", "train.generator", "train.prepare", "train"
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 _EXTRA = "extra."  # before a method's name: its own arrays in a message
 
@@ -34,6 +35,7 @@ class NodeDescription:
         code: Fingerprint of the code that the node runs (`code_fingerprint`).
         name: What the node calls itself (`name` of its node config).
         capability, method: As the node states them in its node config; empty where it does not.
+        trains_generator: Whether it takes part where the clients train a generator together.
     """
 
     partition_id: int
@@ -42,11 +44,13 @@ class NodeDescription:
     name: str = ""
     capability: str = ""
     method: str = ""
+    trains_generator: bool = True
 
     def to_record(self) -> RecordDict:
         fields: dict[str, int | str] = {
             "partition-id": self.partition_id, "num-partitions": self.num_partitions, "code": self.code,
             "name": self.name, "capability": self.capability, "method": self.method,
+            "trains-generator": int(self.trains_generator),
         }  # fmt: skip
         return RecordDict({"node": ConfigRecord(dict(fields))})
 
@@ -60,6 +64,7 @@ class NodeDescription:
             name=str(node.get("name", "")),
             capability=str(node.get("capability", "")),
             method=str(node.get("method", "")),
+            trains_generator=bool(node.get("trains-generator", 1)),
         )
 
 
@@ -76,6 +81,9 @@ class Request:
         arrays: The global model; empty while preparing.
         embeddings: float [C, D], averaged alignment vectors, where that setting is on; else None.
         extras: For each method that needs more than the model, its named arrays.
+        generator: `generator.name` as the server settled it; empty where nobody fills.
+        generator_id: Of a federated generator, the hash of its recipe.
+        generator_files: Its files, by name, where the client does not have them yet.
     """
 
     run: str
@@ -86,6 +94,9 @@ class Request:
     arrays: Mapping[str, np.ndarray]
     embeddings: np.ndarray | None = None
     extras: Mapping[str, Arrays] = field(default_factory=dict)
+    generator: str = ""
+    generator_id: str = ""
+    generator_files: Mapping[str, bytes] = field(default_factory=dict)
 
     def to_record(
         self, packed: ArrayRecord | None = None, packed_extras: Mapping[str, ArrayRecord] | None = None
@@ -94,17 +105,21 @@ class Request:
         numbers: dict[str, int | str] = {
             "run": self.run, "client": self.client, "server-round": self.server_round,
             "checkpoint-round": self.checkpoint_round, "last-round": self.last_round,
+            "generator": self.generator, "generator-id": self.generator_id,
         }  # fmt: skip
         content = RecordDict({"request": ConfigRecord(dict(numbers)), "arrays": packed or array_record(self.arrays)})
         if self.embeddings is not None:
             content["embeddings"] = array_record({"P": self.embeddings})
         for method, extra in (packed_extras or _packed(self.extras)).items():
             content[_EXTRA + method] = extra
+        if self.generator_files:
+            content["generator"] = ConfigRecord(dict(self.generator_files))
         return content
 
     @classmethod
     def from_record(cls, content: RecordDict) -> Request:
         numbers = _record(content, "request", ConfigRecord)
+        files = _record(content, "generator", ConfigRecord) if "generator" in content else {}
         return cls(
             run=str(numbers["run"]),
             client=int(str(numbers["client"])),
@@ -114,6 +129,9 @@ class Request:
             arrays=named_arrays(_record(content, "arrays", ArrayRecord)),
             embeddings=_embeddings(content),
             extras=_extras(content),
+            generator=str(numbers["generator"]),
+            generator_id=str(numbers["generator-id"]),
+            generator_files={name: data for name, data in files.items() if isinstance(data, bytes)},
         )
 
 

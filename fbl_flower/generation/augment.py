@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fbl_flower.data.info import DataInfo
 from fbl_flower.generation.recipe import Augmentation
 
 _KNOTS = 5  # side of the coarse grid behind an elastic field
@@ -45,3 +46,8 @@ def deform(images: torch.Tensor, augmentation: Augmentation, *, flip: bool, stre
         grid = grid + field.permute(0, 2, 3, 1)
     # bicubic, because bilinear would teach the generator blurred strokes
     return F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(-1, 1)
+
+
+def default_deformation(info: DataInfo) -> float:
+    """Return by how much the ranges of the augmentation are multiplied: images that may be mirrored are photographs, which bend oddly."""
+    return 0.0 if info.flip else 1.0

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
-from fbl_flower.config import OWN_IMAGES, RunConfig
+from fbl_flower.config import AUTO, FEDERATED, OWN_IMAGES, RunConfig
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.device import pick_device
 from fbl_flower.errors import GeneratorError
+from fbl_flower.generation.federated import federated_network, federation_identity
 from fbl_flower.generation.prompts import make_prompts
 from fbl_flower.generation.protocol import ImageGenerator
 from fbl_flower.generation.public import PublicImages
@@ -43,6 +45,43 @@ def generator_folder(config: RunConfig, parts: DataParts) -> Path:
     return bundled_generator(_trained_on(config), parts.image_size)
 
 
+def choose_generator(config: RunConfig, parts: DataParts) -> tuple[str, str]:
+    """Settle `generator.name`, where it is "auto": the generator of `generator.path`; else the bundled one, if it fits; else a federated one.
+
+    Args:
+        config: The run's.
+        parts: The images that it must fit.
+
+    Returns:
+        The name, and why, in a few words.
+    """
+    chosen = config.generator
+    if chosen.name != AUTO:
+        return chosen.name, "generator.name says so"
+    if chosen.path:
+        return kind_of(Path(chosen.path).expanduser()), "it is what generator.path names"
+    bundled = replace(config, generator=replace(chosen, name="diffusion"))
+    if problems := check_generator(bundled, parts):
+        return FEDERATED, "none that comes with the package fits: " + "; ".join(problems)
+    return "diffusion", f"{generator_folder(bundled, parts).name} comes with the package and fits"
+
+
+def settled(config: RunConfig, parts: DataParts) -> RunConfig:
+    """Return the configuration with `generator.name` settled, as `choose_generator` does."""
+    if config.generator.name != AUTO:
+        return config
+    return replace(config, generator=replace(config.generator, name=choose_generator(config, parts)[0]))
+
+
+def kind_of(folder: Path) -> str:
+    """Return the `generator.name` of a folder; "diffusion" where it cannot be told: the checks of that kind say what is wrong."""
+    try:
+        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        return "text-to-image" if "kind" in recipe else FEDERATED if "federation" in recipe else "diffusion"
+    except (OSError, ValueError, TypeError):
+        return "diffusion"
+
+
 def check_generator(config: RunConfig, parts: DataParts) -> list[str]:
     """Say what keeps `load_generator` from working, one sentence for each problem; cheap, and loads no network.
 
@@ -51,7 +90,7 @@ def check_generator(config: RunConfig, parts: DataParts) -> list[str]:
         parts: The images that the generator must fit.
     """
     try:
-        return _problems(config, parts)
+        return _problems(settled(config, parts), parts)
     except OSError as error:
         return [_unreadable(config, error)]
 
@@ -65,6 +104,12 @@ def _problems(config: RunConfig, parts: DataParts) -> list[str]:
         return [f"public-images: no public image of {', '.join(lacking)}; use more (data.num-public)"] if lacking else []
     if config.generator.name == "text-to-image":
         return _check_text_to_image(config, parts)
+    if config.generator.name == FEDERATED and not config.generator.path:  # still to be trained
+        try:
+            federated_network(parts.info, parts.image_size)
+        except GeneratorError as error:
+            return [str(error)]
+        return []
     try:
         folder = generator_folder(config, parts)
     except GeneratorError as error:
@@ -101,6 +146,15 @@ def _problems(config: RunConfig, parts: DataParts) -> list[str]:
             f"generator.path: {folder} was trained on the classes {', '.join(info.class_names)}, in this order; the federation's are "
             f"{', '.join(parts.info.class_names)}; correct data.classes, or train one for them"
         )
+    elif info.federation is not None:
+        # On a node with images of its own, nothing is there to compare with: the server has checked it.
+        if len(parts.test) and info.federation.identity != federation_identity(config.data, parts):
+            problems.append(
+                f"generator.path: {folder} was trained by a federation with other images, or another cut of them, and may have seen test "
+                "images; let this one train its own (no generator.path), or restore data.* and the files"
+            )
+    elif config.generator.name == FEDERATED:
+        problems.append(f"generator.path: {folder} was not trained by a federation; set generator.name = 'diffusion'")
     elif wanted == info.data_name == parts.info.name and info.public_sha256 != parts.public_sha256:
         problems.append(
             f"generator.path: {folder} was trained on another public part of {wanted} than this configuration cuts, and may have seen "
@@ -135,15 +189,21 @@ def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
     """Load the generator that `config` asks for.
 
     Args:
-        config: Its `generator` and `data.name`.
+        config: Its `generator`, whose name may be "auto", and `data.name`.
         parts: The images that the generator must fit.
 
     Raises:
         GeneratorError: Everything that `check_generator` finds, or weights that do not fit their network.
     """
+    config = settled(config, parts)
     if problems := check_generator(config, parts):
         raise GeneratorError("\n".join(problems))
     chosen = config.generator
+    if chosen.name == FEDERATED and not chosen.path:
+        raise GeneratorError(
+            "generator.name: a federated generator is there once the clients have trained it; "
+            "give its folder in generator.path, or another generator"
+        )
     if chosen.name == "public-images":
         return PublicImages(parts, batch_size=chosen.batch_size, blur=chosen.blur, noise=chosen.noise)
     folder, sampling = generator_folder(config, parts), sampling_of(config, parts)
@@ -152,8 +212,8 @@ def load_generator(config: RunConfig, parts: DataParts) -> ImageGenerator:
 
         prompts = make_prompts(parts.info.name, parts.info.class_names, chosen.prompt, chosen.class_words)
         target = Target(prompts=prompts, image_size=parts.image_size, channels=parts.info.channels)
-        settled = replace(chosen, steps=sampling.steps, guidance=sampling.guidance)
-        return TextToImageGenerator.load(folder, settled, target, device=pick_device(config).type)
+        chosen = replace(chosen, steps=sampling.steps, guidance=sampling.guidance)
+        return TextToImageGenerator.load(folder, chosen, target, device=pick_device(config).type)
     from fbl_flower.generation.diffusion import DiffusionGenerator
 
     return DiffusionGenerator.load(
@@ -172,7 +232,8 @@ def sampling_of(config: RunConfig, parts: DataParts) -> Sampling:
     Raises:
         GeneratorError: The folder of a diffusion generator is missing or its `recipe.json` is damaged.
     """
-    own = read_info(generator_folder(config, parts)).sampling if config.generator.name == "diffusion" else None
+    config = settled(config, parts)
+    own = read_info(generator_folder(config, parts)).sampling if config.generator.name in ("diffusion", FEDERATED) else None
     return resolve_sampling(config.generator, own)
 
 

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.recipe import NETWORK
+from fbl_flower.seeding import torch_stream
 
 _GROUPS = 16  # of every group normalisation
 _HEAD = 32  # channels per attention head
@@ -56,6 +58,16 @@ def build_network(config: dict[str, Any]) -> nn.Module:
     from diffusers import UNet2DModel
 
     network: nn.Module = UNet2DModel.from_config(config)
+    return network
+
+
+def new_network(config: dict[str, Any], *, seed: int) -> nn.Module:
+    """Build the network with the first weights that follow from the seed; its first guess is no velocity at all."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(torch_stream(seed, "generator", "weights").get_state())
+        network = build_network(config)
+    for parameter in network.get_submodule("conv_out").parameters():
+        nn.init.zeros_(parameter)
     return network
 
 

@@ -95,17 +95,35 @@ class TrainingRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Federation:
+    """Who trained a federated generator, and how.
+
+    Attributes:
+        identity: `federated.federation_identity` of the images.
+        num_clients: Clients that took part in a round.
+        seed: The run's.
+        settings: `federated-generator.*`.
+    """
+
+    identity: str
+    num_clients: int
+    seed: int
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeneratorInfo:
     """The contents of `recipe.json`.
 
     Attributes:
-        data_name: Data set of the public images that trained it.
+        data_name: Data set of the images that trained it.
         image_size: Height and width of its images, in pixels.
         channels: 1 (grey) or 3 (RGB).
         class_names: In the order of the labels.
-        public_sha256: `DataParts.public_sha256` of the training images.
+        public_sha256: `DataParts.public_sha256` of the training images; empty for a federated one.
         num_images: How many they were.
-        training: The hyper-parameters.
+        training: The hyper-parameters; None for a federated one.
+        federation: Who trained it, if clients did, on images of their own.
         wall_seconds, cpu_seconds, num_threads: What the steps of the training took, without checkpoints and previews.
         versions: Of the libraries.
         device, compiled: Where it ran ("cpu, cuda" if in pieces on both), and whether torch compiled the network in any piece; both
@@ -121,7 +139,8 @@ class GeneratorInfo:
     class_names: tuple[str, ...]
     public_sha256: str
     num_images: int
-    training: TrainingRecipe
+    training: TrainingRecipe | None = None
+    federation: Federation | None = None
     wall_seconds: float
     cpu_seconds: float
     num_threads: int
@@ -185,8 +204,9 @@ def _unwritable(file: Path, error: OSError) -> GeneratorError:
 
 def _as_json(info: GeneratorInfo) -> str:
     entries = dataclasses.asdict(info)
-    if info.sampling is None:
-        del entries["sampling"]
+    for name in ("training", "federation", "sampling"):
+        if entries[name] is None:
+            del entries[name]
     return json.dumps({"format": _FORMAT, **entries}, indent=2, allow_nan=False) + "\n"
 
 
@@ -275,11 +295,16 @@ def _sha256(file: Path, *_state: int) -> str:
 def _parse(raw: dict[str, Any]) -> GeneratorInfo:
     if raw.pop("format") != _FORMAT:
         raise ValueError(f"wanted format {_FORMAT}")
-    training = dict(raw["training"])
-    training["augmentation"] = Augmentation(**training["augmentation"])
-    training["widths"] = tuple(training["widths"])
+    made: dict[str, Any]
+    if "federation" in raw:
+        made = {"federation": Federation(**raw["federation"])}
+    else:
+        training = dict(raw["training"])
+        training["augmentation"] = Augmentation(**training["augmentation"])
+        training["widths"] = tuple(training["widths"])
+        made = {"training": TrainingRecipe(**training)}
     names = tuple(str(name) for name in raw["class_names"])
-    info = GeneratorInfo(**raw | {"training": TrainingRecipe(**training), "class_names": names})
+    info = GeneratorInfo(**raw | made | {"class_names": names})
     for name in ("image_size", "channels", "num_images", "num_threads"):
         if not isinstance(getattr(info, name), int):
             raise TypeError(f"{name}: got {getattr(info, name)!r}; wanted a whole number")

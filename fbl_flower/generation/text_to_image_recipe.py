@@ -92,7 +92,7 @@ def read_pipeline_info(folder: Path) -> PipelineInfo:
         )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(raw, dict) and "kind" not in raw and "training" in raw:
+        if isinstance(raw, dict) and "kind" not in raw and {"training", "federation"} & raw.keys():
             raise GeneratorError(
                 f'generator.path: {folder} is a class-conditional generator; set generator.name = "diffusion", or correct the path'
             )

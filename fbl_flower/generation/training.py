@@ -1,8 +1,7 @@
 """Train a generator on the public images: rectified flow, then 4-bit weights.
 
-A network learns the velocity that carries noise to images along straight lines (Liu et al., arXiv 2209.03003):
-x_t = (1 - t) x + t e, with target e - x. A generator that is going to stand on every client must never have seen a
-client's image, nor a test image: it learns from `parts.public`. Validation images tell, in the progress lines, whether it memorises.
+A generator that is going to stand on every client must never have seen a client's image, nor a test image: it learns from
+`parts.public`. Validation images tell, in the progress lines, whether it memorises. (One that the clients train together: `federated`.)
 """
 
 from __future__ import annotations
@@ -13,22 +12,20 @@ import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.data.examples import Examples
 from fbl_flower.device import autocast, keep_freed_memory
 from fbl_flower.errors import GeneratorError
-from fbl_flower.generation.augment import deform
 from fbl_flower.generation.finite import check_finite
+from fbl_flower.generation.flow import draw_batch, flow_loss
 from fbl_flower.generation.folder import write_generator
-from fbl_flower.generation.network import build_network, network_config, patch_of
+from fbl_flower.generation.network import network_config, new_network
 from fbl_flower.generation.new_folder import make_parent
 from fbl_flower.generation.preview import write_preview
 from fbl_flower.generation.recipe import GeneratorInfo, TrainingRecipe
@@ -133,11 +130,7 @@ class Training:
         config = network_config(
             image_size=parts.image_size, channels=parts.info.channels, num_classes=parts.info.num_classes, widths=recipe.widths
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(torch_stream(recipe.seed, "generator", "weights").get_state())
-            self._network = build_network(config).to(self._device)
-        for parameter in self._network.get_submodule("conv_out").parameters():
-            nn.init.zeros_(parameter)  # the first guess is no velocity at all
+        self._network = new_network(config, seed=recipe.seed).to(self._device)
         self._forward: Callable[..., Any] = torch.compile(self._network) if compiled else self._network
         self.average = copy.deepcopy(self._network).eval().requires_grad_(False)
         self._optimizer = torch.optim.AdamW(
@@ -266,48 +259,6 @@ def _info_of(parts: DataParts, *, recipe: TrainingRecipe, spent: Spent) -> Gener
         compiled=spent.compiled,
         versions={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "optimum-quanto")},
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowBatch:
-    """What a network sees in one step, and should answer.
-
-    Attributes:
-        x_t: float [N, C, H, W], images on their way to noise, with pixels folded into channels.
-        t: float [N], how far they are, in 0 .. 1.
-        labels: int64 [N]; the number of classes stands for no label.
-        velocity: float [N, C, H, W], noise minus image.
-    """
-
-    x_t: torch.Tensor
-    t: torch.Tensor
-    labels: torch.Tensor
-    velocity: torch.Tensor
-
-    def to(self, device: torch.device) -> FlowBatch:
-        return FlowBatch(
-            x_t=self.x_t.to(device), t=self.t.to(device), labels=self.labels.to(device), velocity=self.velocity.to(device)
-        )
-
-
-def draw_batch(parts: DataParts, *, recipe: TrainingRecipe, stream: torch.Generator) -> FlowBatch:
-    """Draw public images, deformations, noise, times and which labels to drop."""
-    size = recipe.batch_size
-    index = torch.randint(len(parts.public), (size,), generator=stream)
-    batch = parts.public.take(index)
-    pixels = deform(batch.images.float() / 127.5 - 1, recipe.augmentation, flip=parts.info.flip, stream=stream)
-    x = F.pixel_unshuffle(pixels, patch_of(parts.image_size))
-    e = torch.randn(x.shape, generator=stream)
-    t = torch.sigmoid(torch.randn(size, generator=stream))  # most draws in the middle, where the task is hardest
-    nothing = torch.full((size,), parts.info.num_classes)
-    labels = torch.where(torch.rand(size, generator=stream) < recipe.label_dropout, nothing, batch.labels)
-    return FlowBatch(x_t=torch.lerp(x, e, t[:, None, None, None]), t=t, labels=labels, velocity=e - x)
-
-
-def flow_loss(network: Callable[..., Any], batch: FlowBatch) -> torch.Tensor:
-    """Return the mean squared error of the velocity (a scalar)."""
-    velocity = network(batch.x_t, batch.t * 1000, class_labels=batch.labels).sample
-    return F.mse_loss(velocity.float(), batch.velocity)
 
 
 def _schedule(step: int, recipe: TrainingRecipe) -> float:

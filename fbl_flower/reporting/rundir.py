@@ -8,6 +8,8 @@ nodes.json           the nodes, their clients, which of these are prepared or wh
 summary.json         status, final accuracy, what went wrong
 checkpoint.safetensors   the last checkpoint: model, round, and what the server keeps for methods and its own step
 model.safetensors    the final model
+generator.json       which generator the run uses, and why
+generator/           a generator that the clients trained together; generator-rounds/: its rounds, in files as those above
 choices.json         in simulation: how many kept images each replay kept again, and brought back, summed over the clients
 averaged.safetensors     its average over rounds, with server.average
 *.png                pictures
@@ -89,6 +91,16 @@ class RunDirectory:
     def identity(self) -> str:
         return self.path.name
 
+    @property
+    def generator(self) -> Path:
+        """The folder of a generator that the clients trained together in this run."""
+        return self.path / "generator"
+
+    @property
+    def generator_rounds(self) -> RunDirectory:
+        """What the rounds that trained it leave behind: metrics, timings, and a checkpoint."""
+        return RunDirectory(self.path / "generator-rounds")
+
     @classmethod
     def create(cls, config: RunConfig) -> RunDirectory:
         """Make a new folder below `output-dir` and write down the settings and versions."""
@@ -111,8 +123,10 @@ class RunDirectory:
         return run
 
     @classmethod
-    def reopen(cls, config: RunConfig, *, data: Mapping[str, str]) -> tuple[RunDirectory, Checkpoint]:
+    def reopen(cls, config: RunConfig, *, data: Mapping[str, str]) -> tuple[RunDirectory, Checkpoint | None]:
         """Open the folder of `config.resume` to go on from its checkpoint, and note that in nodes.json.
+
+        There is no such checkpoint yet, and None is returned, where the run was killed while its clients trained a generator.
 
         Later lines of metrics and timings are cut off. The summary is removed if rounds are to come; if it says that the run failed, its
         reason is in the note.
@@ -145,11 +159,12 @@ class RunDirectory:
             )
         if problems:
             raise ConfigError(problems)
-        checkpoint = run._read_checkpoint()
-        checkpoint.check_data(data)
+        in_generator_rounds = not run.has_checkpoint() and run.generator_rounds.has_checkpoint()
+        newest = (run.generator_rounds if in_generator_rounds else run).read_checkpoint()
+        newest.check_data(data)
+        checkpoint, last_round = (None, -1) if in_generator_rounds else (newest, newest.server_round)
         _replace(run.path / "config.toml", to_toml(flatten(config) | {"resume": ""}).encode())
-        for name in ("metrics.jsonl", "timings.jsonl"):
-            run._cut(name, checkpoint.server_round)
+        run.cut_rows(last_round)
         longer = ""
         if config.num_server_rounds > rounds:
             run._forget_last_tuning(config)
@@ -158,7 +173,7 @@ class RunDirectory:
                 f"; num-server-rounds was {rounds} and is {config.num_server_rounds}: train.schedule {config.train.schedule!r} follows the "
                 "new number from here on, so the result is not that of one unbroken run"
             )
-        run.restart = run._note_restart(checkpoint.server_round + 1, last=config.num_server_rounds, longer=longer)
+        run.restart = run._note_restart(last_round + 1, last=config.num_server_rounds, longer=longer)
         return run, checkpoint
 
     def read_settings(self) -> dict[str, Any]:
@@ -203,7 +218,12 @@ class RunDirectory:
         )
         _replace(self.path / "checkpoint.safetensors", blob)
 
-    def _read_checkpoint(self) -> Checkpoint:
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint, damaged or not."""
+        return (self.path / "checkpoint.safetensors").exists()
+
+    def read_checkpoint(self) -> Checkpoint:
+        """Read the last checkpoint; raises `StateError` if there is none or it is damaged."""
         path = self.path / "checkpoint.safetensors"
         try:
             with safe_open(path, "numpy") as file:
@@ -230,8 +250,9 @@ class RunDirectory:
 
     def knows_its_data(self) -> bool:
         """Tell whether the checkpoint says which data it is of; older versions wrote none of it, and cannot be resumed."""
+        newest = self if self.has_checkpoint() else self.generator_rounds
         try:
-            with safe_open(self.path / "checkpoint.safetensors", "numpy") as file:
+            with safe_open(newest.path / "checkpoint.safetensors", "numpy") as file:
                 return "data" in (file.metadata() or {})
         except (OSError, SafetensorError):
             return False
@@ -255,6 +276,11 @@ class RunDirectory:
         if summary.get("status") == "failed" or server_round <= last:
             (self.path / "summary.json").unlink(missing_ok=True)
         return event
+
+    def cut_rows(self, last_round: int) -> None:
+        """Remove what metrics and timings say of rounds after `last_round`."""
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            self._cut(name, last_round)
 
     def _cut(self, name: str, last_round: int) -> None:
         kept = []

@@ -53,16 +53,19 @@ def open_run(
 def _newest_unfinished(config: RunConfig) -> Path | None:
     """Return the newest run below `output-dir` that has a checkpoint, these settings, and no final result."""
     wanted = flatten(config)
-    folders = Path(config.output_dir).expanduser().resolve().glob("*/checkpoint.safetensors")
-    for folder in sorted((path.parent for path in folders), reverse=True):  # names begin with the time of the start
+    folders = {path.parent for path in Path(config.output_dir).expanduser().resolve().glob("*/config.toml")}
+    for folder in sorted(folders, reverse=True):  # names begin with the time of the start
+        run = RunDirectory(folder)
+        if not (run.has_checkpoint() or run.generator_rounds.has_checkpoint()):
+            continue
         try:
-            settings = RunDirectory(folder).read_settings()
+            settings = run.read_settings()
             summary = folder / "summary.json"
             ended = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {"status": "not ended"}
             completed = ended["status"] == "completed" and ended["rounds"] == settings["num-server-rounds"]
         except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, KeyError):
             continue  # no run of ours
         as_long = settings.get("num-server-rounds") == config.num_server_rounds
-        if not completed and as_long and not changed_settings(settings, wanted) and RunDirectory(folder).knows_its_data():
+        if not completed and as_long and not changed_settings(settings, wanted) and run.knows_its_data():
             return folder
     return None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from fbl_flower.balancing.filling import fill
 from fbl_flower.balancing.oversampling import repeats
 from fbl_flower.balancing.plan import BalancePlan, cap_filling, limit_filling, make_plan, make_rich_plan
-from fbl_flower.config import OWN_IMAGES, RunConfig
+from fbl_flower.config import OWN_IMAGES, GeneratorConfig, RunConfig
 from fbl_flower.data.client_folder import client_folder_parts
 from fbl_flower.data.corruption import believed_labels, private_examples
 from fbl_flower.data.datasets import DataParts, load_parts
@@ -46,8 +45,6 @@ class ClientData:
         augmentation: How training images may be varied.
         unfilled: Share of the planned synthetic images that time did not allow to make, 0 .. 1.
         generator: Fingerprint of what made the synthetic images; empty where none were planned.
-
-    `digest` tells the client's own images from others.
     """
 
     client: int
@@ -58,12 +55,6 @@ class ClientData:
     augmentation: Augmentation
     unfilled: float = 0.0
     generator: str = ""
-
-    @functools.cached_property
-    def digest(self) -> str:
-        digest = hashlib.sha256(self.real.labels.numpy().tobytes())
-        digest.update(self.real.images.contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
 
 def prepare_client(
@@ -89,9 +80,8 @@ def prepare_client(
         check: Called with the data set and the client's images before anything is generated; may refuse by an error.
         may_generate: Without it, only what is on the disk already is used: time for generating has run out, or nobody should wait.
     """
-    parts = _parts(config, own_folder)
+    parts, real = client_images(config, client, own_folder)
     capability = capability or drawn_roles(config)[client].capability
-    real = parts.private if own_folder else client_examples(config, parts, client)
     if check is not None:
         check(parts, real)
     plan = client_plan(config, real, parts.info.num_classes, client, capability=capability)
@@ -125,6 +115,22 @@ def prepare_client(
         unfilled=unfilled,
         generator=fingerprint,
     )
+
+
+def client_images(config: RunConfig, client: int, own_folder: Path | None = None) -> tuple[DataParts, Examples]:
+    """Return the data set as a client sees it, and the client's own images; a process reads them once."""
+    return _client_images(replace(config, generator=GeneratorConfig()), client, own_folder)
+
+
+@functools.lru_cache(maxsize=128)
+def _client_images(config: RunConfig, client: int, own_folder: Path | None) -> tuple[DataParts, Examples]:
+    parts = _parts(config, own_folder)
+    return parts, parts.private if own_folder else client_examples(config, parts, client)
+
+
+def forget_images() -> None:
+    """Have this process read the clients' images again."""
+    _client_images.cache_clear()
 
 
 def client_examples(config: RunConfig, parts: DataParts, client: int) -> Examples:
@@ -163,7 +169,7 @@ def shared_generator(config: RunConfig, own_folder: Path | None = None) -> Image
 
 @functools.lru_cache(maxsize=1)
 def _load_once(config: RunConfig, own_folder: Path | None) -> ImageGenerator:
-    return load_generator(config, _parts(config, own_folder))
+    return load_generator(config, client_images(config, 0, own_folder)[0])
 
 
 def _parts(config: RunConfig, own_folder: Path | None) -> DataParts:

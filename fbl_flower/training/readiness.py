@@ -17,7 +17,6 @@ from fbl_flower.data.datasets import DataParts
 from fbl_flower.data.examples import Examples
 from fbl_flower.errors import DataError, GeneratorError, StateError
 from fbl_flower.generation.loading import check_generator, generator_folder
-from fbl_flower.training.prepare import ClientData
 from fbl_flower.whole_file import replacing
 
 _BLOCK = 4096  # bytes that a small file takes on most disks
@@ -98,18 +97,20 @@ class Readiness:
             os.close(os.open(self._mark, os.O_CREAT, 0o600))
 
 
-def check_unchanged(note: Path, data: ClientData) -> None:
+def check_unchanged(note: Path, real: Examples, *, client: int, num_classes: int) -> None:
     """Compare a client's images with those that it had when it first took part in the run; note them if this is the first time.
 
     Args:
         note: A file in the client's folder of the run.
-        data: The client's, as prepared.
+        real: The client's images.
+        client: Its number.
+        num_classes: Of the federation.
 
     Raises:
         StateError: The images are others. What is in the message stays on the client.
     """
-    counts = data.real.counts(data.num_classes).tolist()
-    now = {"images": len(data.real), "of each class": counts, "sha256": data.digest}
+    counts = real.counts(num_classes).tolist()
+    now = {"images": len(real), "of each class": counts, "sha256": real.digest}
     try:
         before = json.loads(note.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -122,7 +123,7 @@ def check_unchanged(note: Path, data: ClientData) -> None:
     if before != now:
         changes = [f"{name}: {before.get(name)} before, {now[name]} now" for name in now if before.get(name) != now[name]]
         raise StateError(
-            f"client {data.client}: its images have changed since this run began ({'; '.join(changes)}). Restore them, or start a new run.",
+            f"client {client}: its images have changed since this run began ({'; '.join(changes)}). Restore them, or start a new run.",
             public="its images are not those with which it began this run",
         )
 
