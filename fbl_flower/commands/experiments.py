@@ -107,7 +107,7 @@ def identity(config: RunConfig, kind: str = "federation") -> dict[str, Value]:
 def bundled_of(config: RunConfig) -> Path | None:
     """Return the folder of the bundled generator for a data set that has a name, whether there is one or not."""
     info = DATASETS.get(config.generator.trained_on or config.data.name)
-    return info and bundled_generator(info.name, config.data.image_size or info.image_size)
+    return bundled_generator(info.name, config.data.image_size or info.image_size) if info else None
 
 
 def _for_command_line(value: Value) -> str:
