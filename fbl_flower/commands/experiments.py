@@ -99,8 +99,8 @@ def identity(config: RunConfig, kind: str = "federation") -> dict[str, Value]:
     if config.generator.path:
         folder = Path(config.generator.path).expanduser()
         settings["generator.path"] = f"{folder.name}@{_digest(folder)}"
-    elif _generates(config, kind) and (folder := bundled_of(config)):
-        settings[_BUNDLED] = f"{folder.name}@{_digest(folder)}"
+    elif _generates(config, kind) and (bundled := bundled_of(config)):
+        settings[_BUNDLED] = f"{bundled.name}@{_digest(bundled)}"
     return settings
 
 
