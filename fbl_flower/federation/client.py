@@ -112,6 +112,7 @@ def train_generator(message: Message, context: Context) -> Message:
         stream=local_stream(config.seed, request.client, request.server_round),
         moments=store.load(before_round=request.server_round) if kept else None,
         device=pick_device(config).type,
+        precision=config.train.precision,
     )
     if result.moments:
         store.save(result.moments, server_round=request.server_round, checkpoint_round=request.checkpoint_round)

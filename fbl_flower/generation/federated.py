@@ -98,6 +98,7 @@ def train_locally(
     stream: torch.Generator,
     moments: Mapping[str, torch.Tensor] | None = None,
     device: str = "cpu",
+    precision: str = "auto",
 ) -> LocalTraining:
     """Train the global weights on a client's images for some epochs.
 
@@ -110,6 +111,7 @@ def train_locally(
         stream: Source of every draw.
         moments: AdamW's after the client's last round, where they are kept.
         device: "cpu" or "cuda". Every draw is made on the CPU.
+        precision: auto, fp32 or bf16, of the network's passes, as `train.precision`.
 
     Raises:
         GeneratorError: The training diverged. The text says nothing of the images.
@@ -134,7 +136,7 @@ def train_locally(
     for _ in range(config.epochs):
         for index in torch.randperm(len(images), generator=stream).split(config.batch_size):
             drawn = noised(images.take(index), info, augmentation=augmentation, label_dropout=_LABEL_DROPOUT, stream=stream)
-            with autocast("auto" if place.type == "cuda" else "fp32", place):
+            with autocast(precision, place):
                 loss = flow_loss(network, drawn.to(place))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
