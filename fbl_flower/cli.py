@@ -207,6 +207,12 @@ def _parser() -> argparse.ArgumentParser:
     actions = generator.add_subparsers(required=True, metavar="ACTION", dest="action")
     train = actions.add_parser("train", help="train one and write its folder")
     train.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: ./DATA-SIZEpx)")
+    train.add_argument(
+        "--federated",
+        action="store_true",
+        help="on the clients' images, which they keep: the rounds of generator.name = 'federated' in this process, with -c "
+        "federated-generator.* and the federation's settings; of the other options, --out, --seed, --threads and the data set's",
+    )
     train.add_argument("--steps", type=int, help="optimiser steps")
     train.add_argument("--batch-size", type=int, help="images per step")
     train.add_argument("--learning-rate", type=float, help="peak of the step size")

@@ -14,6 +14,7 @@ import torch
 from helpers import quick, run_and_kill
 from test_attendance import federate
 
+from fbl_flower import cli
 from fbl_flower.config import parse_config
 from fbl_flower.data.datasets import DATASETS, load_parts
 from fbl_flower.data.examples import Examples
@@ -420,3 +421,42 @@ def test_files_that_are_not_those_announced_are_refused_and_nothing_is_stored(ou
         store(files | {RECIPE: b"{}"}, 20, files_identity({RECIPE: b"{}"}))
     with pytest.raises(StateError):
         store({}, 30)
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------------------
+
+FEW = [
+    "-c", "federated-generator.rounds=2 federated-generator.epochs=1 data.num-private=90 num-clients=3 model.name='tiny'",
+    "--data", "digits", "--threads", "1",
+]  # fmt: skip
+
+
+def test_the_command_trains_the_same_generator_and_goes_on_after_a_kill(
+    outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "generator"
+    command = ["generator", "train", "--federated", "--out", str(out), *FEW]
+    append = RunDirectory.append
+
+    def dies(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+        append(self, name, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "append", dies)
+        patch.setattr(cli.os, "_exit", lambda code: None)  # which spares a user the wait for the clients' threads
+        assert cli.main(command) == 130
+    assert not out.exists() and (tmp_path / "new" / "generator.training").is_dir()
+    assert cli.main(command) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["generator"]
+    assert (out / WEIGHTS).read_bytes() == (outcome.run_dir / "generator" / WEIGHTS).read_bytes()
+    assert "trained by 3 clients" in capsys.readouterr().out
+    assert cli.main(command) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_the_command_names_options_that_belong_to_the_other_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generator", "train", "--federated", "--steps", "3", "--weights", "8bit", *FEW]) == 2
+    told = capsys.readouterr().err
+    assert "--steps: not together with --federated" in told and "--weights: not together with --federated" in told

@@ -3,33 +3,81 @@
 from __future__ import annotations
 
 import argparse
+import math
+import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fbl_flower.commands.json_file import check_place, unwritable_file
 from fbl_flower.commands.overrides import read_overrides
-from fbl_flower.config import RunConfig, Value, parse_config
+from fbl_flower.config import FEDERATED, RunConfig, Value, parse_config
 from fbl_flower.data.datasets import load_parts
 from fbl_flower.data.examples import Examples
 from fbl_flower.device import pick_device
-from fbl_flower.errors import ConfigError
+from fbl_flower.errors import ConfigError, GeneratorError
+from fbl_flower.federation.local import run_local
 from fbl_flower.generation.augment import default_deformation
 from fbl_flower.generation.folder import quantize_generator
 from fbl_flower.generation.loading import load_generator
+from fbl_flower.generation.new_folder import make_parent, new_folder
 from fbl_flower.generation.pipeline_store import AUTO, quantize_pipeline
 from fbl_flower.generation.recipe import Augmentation, TrainingRecipe, is_trained
 from fbl_flower.generation.training import train_generator
 from fbl_flower.reporting.pictures import gallery
+from fbl_flower.reporting.rundir import RunDirectory
 from fbl_flower.seeding import derive
 
 _GALLERY = 8  # images of each class and kind
 
 
+_OF_PUBLIC_TRAINING = {
+    "steps": None, "batch_size": None, "learning_rate": None, "widths": None, "augmentation": None, "compile": False,
+    "weights": "4bit", "minutes": math.inf, "checkpoint_every": 100,
+}  # fmt: skip
+
+
+def train_federated(options: argparse.Namespace) -> None:
+    """Let the clients of a federation in this process train a generator together, and write its folder; go on where that was stopped."""
+    strange = [name for name, default in _OF_PUBLIC_TRAINING.items() if getattr(options, name) != default]
+    found = [
+        f"--{name.replace('_', '-')}: not together with --federated, whose settings are federated-generator.* (-c)"
+        for name in strange
+    ]
+    config = configuration_of(options, found=found)
+    parts = load_parts(config.data)
+    out = options.out or Path(f"{parts.info.name}-{parts.image_size}px-federated")
+    if out.exists():
+        raise GeneratorError(f"generator: {out} is there already; remove it, or choose another folder")
+    make_parent(out)
+    working = out.with_name(f"{out.name}.training")
+    config = replace(
+        config,
+        generator=replace(config.generator, name=FEDERATED, path=""),
+        seed=options.seed,
+        num_server_rounds=0,
+        num_threads=1,
+        checkpoint_every=1,
+        output_dir=str(working / "runs"),
+        state_dir=str(working / "state"),
+        resume="auto",
+    )
+    run = run_local(config, workers=options.threads).run_dir
+    with new_folder(out) as folder:
+        for file in RunDirectory(run).generator.iterdir():
+            shutil.copyfile(file, folder / file.name)
+    shutil.rmtree(working)
+    print(f"{out}: {size_of(out) / 1e6:.2f} MB, trained by {config.num_clients} clients; for generator.path")
+
+
 def train(options: argparse.Namespace) -> None:
     """Train a generator on the public part and write its folder; go on with a training that was stopped."""
+    if options.federated:
+        train_federated(options)
+        return
     config = configuration_of(options)
     if strange := [key for key in read_overrides(options.config) if not key.startswith("data.") and key != "device"]:
         raise ConfigError(
