@@ -255,6 +255,19 @@ def test_no_rounds_train_a_generator_only_and_a_later_run_uses_its_folder(outcom
     assert (later.run_dir / "metrics.jsonl").read_bytes() == (outcome.run_dir / "metrics.jsonl").read_bytes()
 
 
+def test_a_second_simulation_takes_the_generator_of_the_first(
+    outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_local(few(tmp_path, num_server_rounds=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(client_app, "train_locally", None)
+        second = run_local(few(tmp_path))
+        with pytest.raises(RunFailed, match="generator round 1"):
+            run_local(few(tmp_path, seed=1))
+    assert second.run_dir != first.run_dir and second.summary["generator"] == first.summary["generator"]
+    assert (second.run_dir / "metrics.jsonl").read_bytes() == (outcome.run_dir / "metrics.jsonl").read_bytes()
+
+
 def test_no_rounds_and_another_generator_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"num-server-rounds: got 0"):
         parse_config(few(tmp_path, num_server_rounds=0, generator__name="public-images"))

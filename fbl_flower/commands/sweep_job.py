@@ -22,7 +22,7 @@ from fbl_flower.claim import Claim
 from fbl_flower.commands.experiments import Row, read_rows
 from fbl_flower.commands.job_memory import memory_of
 from fbl_flower.commands.json_file import write_json
-from fbl_flower.config import RunConfig, Value, parse_config
+from fbl_flower.config import FEDERATED, RunConfig, Value, parse_config
 from fbl_flower.data.datasets import load_parts
 from fbl_flower.device import pick_device, precision_on
 from fbl_flower.errors import ConfigError, FBLError, RunFailed, StateError
@@ -52,6 +52,7 @@ def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
     else:
         from fbl_flower.training.central import run_central
 
+        config = _with_federated_generator(config, row.kind)
         accuracy = run_central(config, "public" if row.kind == "public-only" else "synthetic")
         measured["accuracy"] = {str(config.num_server_rounds): accuracy}
     last = config.num_server_rounds
@@ -142,6 +143,19 @@ def remove_run(row: Row, seed: int, keep: Path) -> None:
 def _config(row: Row, seed: int, keep: Path) -> RunConfig:
     settings: dict[str, Value] = row.settings | {"seed": seed, "num-threads": 1, "pictures": False, "output-dir": str(keep)}
     return parse_config(settings)
+
+
+def _with_federated_generator(config: RunConfig, kind: str) -> RunConfig:
+    """Have the clients train the generator that a row without a federation generates with, if it is of that kind."""
+    from fbl_flower.federation.local import run_local
+    from fbl_flower.reporting.rundir import RunDirectory
+
+    chosen = config.generator
+    if kind != "synthetic-only" or chosen.name != FEDERATED or chosen.path:
+        return config
+    alone = replace(config, num_server_rounds=0, checkpoint_every=1, resume="auto")
+    folder = RunDirectory(run_local(alone, workers=1).run_dir).generator
+    return replace(config, generator=replace(chosen, path=str(folder)))
 
 
 def _run_federation(config: RunConfig) -> tuple[dict[str, Any], float]:

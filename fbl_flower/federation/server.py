@@ -27,6 +27,7 @@ from fbl_flower.federation.exchange import ask, is_simulated
 from fbl_flower.federation.generator_supply import GeneratorSupply
 from fbl_flower.federation.generator_task import GeneratorTask
 from fbl_flower.federation.global_model import server_in_words
+from fbl_flower.federation.known_generators import remember, take_known
 from fbl_flower.federation.method_rounds import announce, roles_of
 from fbl_flower.federation.preflight import generator_needed, preflight
 from fbl_flower.federation.report import write_report
@@ -122,11 +123,17 @@ class _Federation:
             return GeneratorSupply(
                 config.generator.name, Path(given).expanduser() if config.generator.name == FEDERATED else None
             )
+        simulated = is_simulated(self.grid)
+        begun = run.generator_rounds.has_checkpoint()
+        if not run.generator.is_dir() and simulated and not begun and take_known(run, config, self.parts):
+            log(INFO, "The federation's generator: an earlier run with the same settings has trained it")
         if not run.generator.is_dir():
             task = GeneratorTask(config, run, self.parts, self.attendance)
             self.attendance.title = task.title
             point = run_rounds(task, task.start(), grid=self.grid, config=config, attendance=self.attendance)
             task.finish(point)
+            if simulated:  # on nodes of their own, nobody knows whether the images are the same
+                remember(run, config, self.parts)
             self.attendance.title = "Round"
         run.write_json("generator.json", {"name": FEDERATED, "path": str(run.generator)})
         self.summary["generator"] = cost_of_generator(run)
