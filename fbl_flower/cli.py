@@ -265,6 +265,11 @@ def _parser() -> argparse.ArgumentParser:
         "folders", nargs="*", type=Path, metavar="DIR", help="generators to compare (default: the bundled one)"
     )
     quality.add_argument("--seeds", type=numbers, default=(0, 1, 2), help="such as 0,1,2")
+    quality.add_argument(
+        "--clients",
+        action="store_true",
+        help="also measure, for each simulated client of the configuration (-c), whether the images tell which ones it has",
+    )
     quality.add_argument("--evaluate-on", choices=("test", "validation"), default="test", help="the real images that judge")
     quality.add_argument("--out", type=Path, metavar="FILE.json", help="write the measurements there too")
     tune = actions.add_parser("tune", help="choose steps and guidance on validation images, and write them into recipe.json")

@@ -20,7 +20,7 @@ from fbl_flower.generation.measures import (
     spread,
 )
 from fbl_flower.generation.public import PublicImages
-from fbl_flower.generation.quality import Quality, SeedQuality, compare, labels_to_make, measure_quality
+from fbl_flower.generation.quality import Quality, SeedQuality, compare, measure_quality, sample
 
 
 def centroid_classifier(examples: Examples, seed: int) -> Classifier:
@@ -162,7 +162,7 @@ def test_the_table_has_every_measure_and_every_seed():
     assert {line.count("|") for line in table} == {6}
     names = [line.split("|")[1].strip() for line in table[2:]]
     assert names == [
-        "ratio", "synthetic accuracy", "public accuracy", "agreement", "diversity", "frechet", "nearest", "nearest min", "copies",
+        "ratio", "synthetic accuracy", "real accuracy", "agreement", "diversity", "frechet", "nearest", "nearest min", "copies",
         "images per second", "sampling", "bytes on disk", "peak memory, MiB",
     ]  # fmt: skip
     assert table[10].startswith("| copies | 1.000 | 1.000 | 1.000 | 0.")
@@ -173,7 +173,7 @@ def test_generators_side_by_side():
     def quality(*accuracies: float, num_bytes: int | None) -> Quality:
         seeds = tuple(
             SeedQuality(
-                seed=seed, synthetic_accuracy=accuracy, public_accuracy=0.8, agreement=1.0, diversity=1.0, frechet=2.0, nearest=3.0,
+                seed=seed, synthetic_accuracy=accuracy, real_accuracy=0.8, agreement=1.0, diversity=1.0, frechet=2.0, nearest=3.0,
                 nearest_min=1.0, copies=0.0, images_per_second=9.0,
             )
             for seed, accuracy in enumerate(accuracies)
@@ -224,7 +224,7 @@ def test_an_undefined_measure_is_none_in_json_and_blank_in_tables():
     assert [one["ratio"] for one in written["per_seed"]] == [1, 1] and written["judge_accuracy"] == 1
     assert "| diversity |  |  |  | 1.000 |" in quality.as_markdown().splitlines()
     assert "| diversity |  |  | 1.000 |" in compare({"a": quality, "b": quality}).splitlines()
-    never = dataclasses.replace(quality.per_seed[0], public_accuracy=0.0)
+    never = dataclasses.replace(quality.per_seed[0], real_accuracy=0.0)
     assert never.ratio is None and dataclasses.replace(quality, per_seed=(never, *quality.per_seed)).mean("ratio") is None
 
 
@@ -256,8 +256,8 @@ def test_nothing_is_generated_for_a_judge_that_has_not_learned():
 
 def test_a_part_of_the_public_labels_is_drawn_without_repetition():
     parts = two_class_parts()
-    assert labels_to_make(parts).tolist() == labels_to_make(parts, 12).tolist() == [0] * 6 + [1] * 6
-    some = labels_to_make(parts, 11)
-    assert len(some) == 11 and some.sum() in (5, 6) and some.tolist() == labels_to_make(parts, 11).tolist()
+    assert sample(parts.public).labels.tolist() == sample(parts.public, 12).labels.tolist() == [0] * 6 + [1] * 6
+    some = sample(parts.public, 11).labels
+    assert len(some) == 11 and some.sum() in (5, 6) and some.tolist() == sample(parts.public, 11).labels.tolist()
     with pytest.raises(GeneratorError, match="expected at most 12 images, one for each public image, got 13"):
-        labels_to_make(parts, 13)
+        sample(parts.public, 13)

@@ -56,7 +56,7 @@ def test_train_in_floats_then_quantize_and_compare(floats: Path, tmp_path: Path,
     measured = written["generators"]
     assert all(quality["judge_accuracy"] > 0.4 for quality in measured.values())
     assert list(measured) == [str(floats), str(four), str(eight)]
-    public = [[one["public_accuracy"] for one in quality["per_seed"]] for quality in measured.values()]
+    public = [[one["real_accuracy"] for one in quality["per_seed"]] for quality in measured.values()]
     assert public[0] == public[1] == public[2]  # the same classifiers judge all three
     sizes = [quality["num_bytes"] for quality in measured.values()]
     assert sizes[0] > sizes[2] > sizes[1]

@@ -20,12 +20,14 @@ from fbl_flower.data.examples import Examples
 from fbl_flower.errors import ConfigError, RunFailed
 from fbl_flower.generation.loading import generator_folder, load_generator, sampling_of, settled
 from fbl_flower.generation.measures import Classifier, TrainClassifier
+from fbl_flower.generation.memorising import as_table, measure_memorising
 from fbl_flower.generation.protocol import ImageGenerator
 from fbl_flower.generation.quality import Quality, compare, measure_quality
 from fbl_flower.generation.recipe import check_recipe_writable, read_info, write_sampling
 from fbl_flower.generation.sampling_defaults import Sampling
 from fbl_flower.generation.tuning import tune_sampling
 from fbl_flower.training.judge import describe_judge, train_judge
+from fbl_flower.training.prepare import client_images
 
 _COST_IMAGES = 100  # made in a process of its own, whose memory is measured
 
@@ -47,8 +49,14 @@ def quality(options: argparse.Namespace) -> None:
         on_disk = config.generator.name != "public-images"
         # first: it tells what fails before the long work
         peak_mb = _peak_mb(config, parts, options.threads) if on_disk else None
+        federated = on_disk and settled(config, parts).generator.name != "text-to-image" and read_info(place).federation
         one = measure_quality(
-            generator, parts, train_classifier=train_classifier, seeds=options.seeds, evaluate_on=options.evaluate_on
+            generator,
+            parts,
+            train_classifier=train_classifier,
+            seeds=options.seeds,
+            evaluate_on=options.evaluate_on,
+            trained_on=parts.private if federated else None,
         )
         name = str(place) if on_disk else config.generator.name
         if on_disk:
@@ -56,12 +64,20 @@ def quality(options: argparse.Namespace) -> None:
         measured[name] = one
         print(f"{name}\n\n{one.as_markdown()}\n")
         print(f"The judge is right on {100 * one.judge_accuracy:.1f} % of the real {one.evaluated_on} images.")
+        if options.clients:
+            print(f"{memorising_of(generator, config, parts, seed=options.seeds[0])}\n")
         print(f"measured in {time.perf_counter() - start:.0f} s\n", flush=True)
         if options.out is not None:
             report = {name: quality.as_json() for name, quality in measured.items()}
             write_json(options.out, {"judge": describe_judge(), "generators": report})
     if len(measured) > 1:
         print(compare(measured))
+
+
+def memorising_of(generator: ImageGenerator, config: RunConfig, parts: DataParts, *, seed: int) -> str:
+    """Return the table of what the generator's images tell of each simulated client's."""
+    clients = [client_images(config, client)[1] for client in range(config.num_clients)]
+    return as_table(measure_memorising(generator, clients, parts.test, seed=seed))
 
 
 def tune(options: argparse.Namespace) -> None:

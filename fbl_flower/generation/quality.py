@@ -33,13 +33,13 @@ class SeedQuality:
     Attributes:
         seed: Of the images and of the classifiers.
         synthetic_accuracy: On real images, of a classifier trained on synthetic images only; a share.
-        public_accuracy: The same of one trained on as many public images.
+        real_accuracy: The same of one trained on as many of the real images that trained the generator.
         agreement: Share of the synthetic images that a classifier trained on real images gives their label.
         diversity: Mean distance of features between two synthetic images of a class, by the same of real images; None
             where the real ones do not differ.
         frechet: Fréchet distance between the features of synthetic and of real images, under the classifier that judges agreement. It
             depends on the number of images: compare it for the same number and the same judge.
-        nearest: Mean distance of a synthetic image to the nearest public training image.
+        nearest: Mean distance of a synthetic image to the nearest image that trained the generator.
         nearest_min: The smallest.
         copies: Share of the images that are a training image, or whose nearest one is at less than 0.7 of the distance of the second. Where
             training mirrors images, each counts as the nearer of itself and its mirror image.
@@ -48,7 +48,7 @@ class SeedQuality:
 
     seed: int
     synthetic_accuracy: float
-    public_accuracy: float
+    real_accuracy: float
     agreement: float
     diversity: float | None
     frechet: float
@@ -59,8 +59,8 @@ class SeedQuality:
 
     @property
     def ratio(self) -> float | None:
-        """Synthetic by public accuracy; None where the latter is 0."""
-        return self.synthetic_accuracy / self.public_accuracy if self.public_accuracy else None
+        """Synthetic by real accuracy; None where the latter is 0."""
+        return self.synthetic_accuracy / self.real_accuracy if self.real_accuracy else None
 
 
 _MEASURES = ("ratio", *(f.name for f in fields(SeedQuality) if f.name != "seed"))
@@ -74,9 +74,9 @@ class Quality:
         per_seed: The measures, one for each seed.
         num_images: Synthetic images under each seed.
         evaluated_on: The part of the real images that everything was measured on.
-        real: Distances of those real images to the public training images: what no copying looks like.
+        real: Distances of those real images to the ones that trained the generator: what no copying looks like.
         judge_accuracy: Share of those real images that the judge of agreement, diversity and the Fréchet distance gives their label.
-        real_frechet: Fréchet distance of the public training images to those real images: what no gap looks like, but that the judge was
+        real_frechet: Fréchet distance of the real images that synthetic ones are compared with to those real images: what no gap looks like, but that the judge was
             trained on one side.
         sampling: The steps and the guidance of the generator, as text; empty where it has none.
         num_bytes: The generator on disk; None where it was not asked for.
@@ -167,16 +167,19 @@ def measure_quality(
     train_classifier: TrainClassifier,
     seeds: Sequence[int] = (0, 1, 2),
     evaluate_on: Literal["test", "validation"] = "test",
+    trained_on: Examples | None = None,
 ) -> Quality:
-    """Measure a generator with as many images, of the same classes, as there are public training images.
+    """Measure a generator with as many images as there are public training images, of the classes of those that trained it.
 
     Args:
         generator: Whose images to judge.
-        parts: Its public images trained the generator, and train the classifier to compare with.
+        parts: The data set; public and validation images train the judge of agreement, diversity and the Fréchet distance.
         train_classifier: Trains the same network whatever the examples.
         seeds: One set of images and of classifiers for each.
         evaluate_on: The part of the real images that judges; settings are chosen on validation, and results
             reported on test.
+        trained_on: What trained the generator; by default the public images. As many of them as there are synthetic images train
+            the classifier to compare with.
 
     Raises:
         RunFailed: The judge has not learned (`check_judge`).
@@ -195,19 +198,21 @@ def measure_quality(
     check_judge(judge_accuracy, num_classes=parts.info.num_classes)
     real_features = judge.features(real.images)
     real_spread = spread(real_features, real.labels)
-    labels = labels_to_make(parts)
+    seen = parts.public if trained_on is None else trained_on
+    compared = sample(seen, min(len(seen), len(parts.public)))
+    labels = compared.labels
     per_seed = []
     for seed in seeds:
         made = make_images(generator, labels, seed)
         images = made.examples.images
-        synthetic, public = train_classifier(made.examples, seed), train_classifier(parts.public, seed)
-        nearest = nearest_training_image(images, parts.public.images, mirrored=parts.info.flip)
+        synthetic, of_real = train_classifier(made.examples, seed), train_classifier(compared, seed)
+        nearest = nearest_training_image(images, seen.images, mirrored=parts.info.flip)
         features = judge.features(images)
         per_seed.append(
             SeedQuality(
                 seed=seed,
                 synthetic_accuracy=accuracy(synthetic, real.images, real.labels),
-                public_accuracy=accuracy(public, real.images, real.labels),
+                real_accuracy=accuracy(of_real, real.images, real.labels),
                 agreement=accuracy(judge, images, labels),
                 diversity=spread(features, labels) / real_spread if real_spread else None,
                 frechet=frechet_distance(features, real_features),
@@ -221,31 +226,31 @@ def measure_quality(
         per_seed=tuple(per_seed),
         num_images=len(labels),
         evaluated_on=evaluate_on,
-        real=nearest_training_image(real.images, parts.public.images, mirrored=parts.info.flip),
+        real=nearest_training_image(real.images, seen.images, mirrored=parts.info.flip),
         judge_accuracy=judge_accuracy,
-        real_frechet=frechet_distance(judge.features(parts.public.images), real_features),
+        real_frechet=frechet_distance(judge.features(compared.images), real_features),
     )
 
 
-def labels_to_make(parts: DataParts, number: int = 0) -> torch.Tensor:
-    """Return the labels of the images that a generator is measured with: those of all public images, or of some drawn ones.
+def sample(examples: Examples, number: int = 0) -> Examples:
+    """Return the real images whose labels synthetic ones get, to be compared with them: some drawn ones.
 
     Args:
-        parts: The data set.
+        examples: Real images.
         number: How many to draw; 0, or as many as there are: all, in their order.
 
     Raises:
         GeneratorError: There are fewer.
     """
-    labels = parts.public.labels
-    if number > len(labels):
+    if number > len(examples):
         raise GeneratorError(
-            f"quality of a generator: expected at most {len(labels)} images, one for each public image, got {number}. "
+            f"quality of a generator: expected at most {len(examples)} images, one for each public image, got {number}. "
             "Raise data.num-public."
         )
-    if number in (0, len(labels)):
-        return labels
-    return labels[torch.from_numpy(numpy_stream(0, "quality", "labels").permutation(len(labels))[:number].copy())]
+    if number in (0, len(examples)):
+        return examples
+    order = numpy_stream(0, "quality", "labels").permutation(len(examples))
+    return examples.take(torch.from_numpy(order[:number].copy()))
 
 
 @dataclass(frozen=True, kw_only=True)

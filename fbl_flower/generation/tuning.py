@@ -14,7 +14,7 @@ from fbl_flower.data.datasets import DataParts
 from fbl_flower.errors import GeneratorError
 from fbl_flower.generation.measures import Classifier, TrainClassifier, accuracy, check_judge
 from fbl_flower.generation.protocol import ImageGenerator
-from fbl_flower.generation.quality import labels_to_make, make_images
+from fbl_flower.generation.quality import make_images, sample
 from fbl_flower.generation.sampling_defaults import Sampling
 from fbl_flower.seeding import derive
 
@@ -136,7 +136,7 @@ def tune_sampling(
             f"tune: expected at least 1 candidate, seed and validation image, got {len(candidates)}, {len(seeds)} and {len(real)}. "
             "Raise data.num-validation."
         )
-    labels = labels_to_make(parts, num_images)
+    labels = sample(parts.public, num_images).labels
     judge = train_classifier(parts.public, derive(seeds[0], "judge"))
     judge_accuracy = accuracy(judge, real.images, real.labels)
     check_judge(judge_accuracy, num_classes=parts.info.num_classes)
