@@ -99,7 +99,7 @@ class Deployment:
         )  # fmt: skip
         wait_for(lambda: _listens(self.http_port) and _listens(self.fleet_port), 60.0, "the SuperLink to listen", self.log)
 
-    def start_node(self, node: int, *, at: str = LOOPBACK, within: Sequence[str] = (), **node_config: str | int) -> None:
+    def start_node(self, node: int, *, at: str = LOOPBACK, within: Sequence[str] = (), **node_config: str | int | bool) -> None:
         """Register a node and start it, under supervision: whenever it ends, it is started again.
 
         Args:

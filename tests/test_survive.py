@@ -193,6 +193,48 @@ def test_bad_machines_are_named_and_a_killed_server_goes_on_by_the_same_command(
         subprocess.run(["umount", "--lazy", small_disk], check=False, capture_output=True)
 
 
+def test_private_folders_alone_make_a_generator_through_kills_on_both_sides(tmp_path: Path, deployment: Deployment) -> None:
+    """Nobody has a public image. Node 1 and then the server are killed in rounds of the generator, which node 2 does not train and uses."""
+    settings = settings_of(tmp_path, num_server_rounds=2, timeout=150.0) | {
+        "data.name": "folder", "data.path": str(write_folder(tmp_path / "server", {"ant": 30, "bee": 30, "cat": 30})),
+        "data.classes": "ant,bee,cat", "data.image-size": 8, "data.num-private": -1, "resume": "auto",
+        "generator.name": "auto", "generator.steps": 1, "generator.guidance": 1.0,
+        "federated-generator.rounds": 6, "federated-generator.epochs": 1, "federated-generator.fraction-train": 1.0,
+    }  # fmt: skip
+    for node, photos in enumerate(({"ant": 8, "cat": 4}, {"bee": 9}, {"cat": 10, "ant": 1})):
+        folder = write_folder(tmp_path / f"photos-{node}", photos)
+        extra = {"trains_generator": False} if node == 2 else {}
+        deployment.start_node(node, data_path=str(folder), **extra)
+    watch = Watch(tmp_path / "runs", deployment.log)
+
+    def generator_rows() -> list[dict[str, Any]]:
+        assert (watch.summary() or {}).get("status") != "failed", f"{watch.summary()}\n{deployment.log()}"
+        files = list((tmp_path / "runs").glob("*/generator-rounds/metrics.jsonl"))
+        return [json.loads(line) for line in files[0].read_text().split("\n")[:-1]] if files else []
+
+    deployment.submit(settings)
+    wait_for(generator_rows, LONG, "a round of the generator", deployment.log)
+    deployment.wait_for_new_process("node-1", "flwr-clientapp", LONG)
+    deployment.kill("node-1")
+    known = len(generator_rows())
+    wait_for(lambda: len(generator_rows()) > known, LONG, "a round after node 1 was killed", deployment.log)
+    deployment.kill("server")
+    before = generator_rows()
+    deployment.start_superlink()
+    deployment.submit(settings)
+    summary = watch.wait_for_end(2 * LONG)
+
+    rows = generator_rows()
+    assert summary["status"] == "completed" and [row["round"] for row in rows] == list(range(1, 7))
+    assert len(before) < 6 and rows[: len(before) - 1] == before[:-1]  # the last may have come after the last checkpoint
+    assert all(set(row["clients"]) <= {0, 1} and row["left_out"].keys() <= {"1"} for row in rows)
+    assert summary["generator"]["rounds"] == 6 and watch.rows()[-1]["clients"] == [0, 1, 2]
+    (made,) = (tmp_path / "runs").glob("*/generator")
+    for node in range(3):
+        (kept,) = deployment.state_dir(node).glob("clients/*/generator")
+        assert {f.name: f.read_bytes() for f in kept.iterdir()} == {f.name: f.read_bytes() for f in made.iterdir()}
+
+
 def test_a_network_that_is_cut_and_healed(tmp_path: Path) -> None:
     """Node 2 is in a network namespace of its own. Its cable is cut until it is left out of a round, and plugged again.
 
