@@ -155,65 +155,71 @@ class _Order:
         return _Order(index=self.index[mask], group=self.group[mask])
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """How many images each part is asked to have."""
+
+    test: int
+    public: int
+    validation: int
+    private: int | None  # None: as the data set has it, or all that are left
+
+    @classmethod
+    def of(cls, config: DataConfig, info: DataInfo) -> _Sizes:
+        def number(asked: int, default: int) -> int:
+            return default if asked < 0 else asked
+
+        public = number(config.num_public, info.num_public)
+        return cls(
+            test=number(config.num_test, info.num_test),
+            public=public,
+            validation=number(config.num_validation, min(info.num_validation, public)),
+            private=None if config.num_private < 0 else config.num_private,
+        )
+
+
 def _cut(config: DataConfig, info: DataInfo, source: Source, keys: Keys) -> DataParts:
-    size = config.image_size or info.image_size
-    pool, test, notes = source.train, source.test, source.notes
-
-    def number(asked: int, default: int) -> int:
-        return default if asked < 0 else asked
-
-    num_test = number(config.num_test, info.num_test)
-    num_public = number(config.num_public, info.num_public)
-    num_validation = number(config.num_validation, min(info.num_validation, num_public))
-    balanced = config.name in DATASETS
-    order = _ordered(pool.labels.numpy(), keys.train, class_balanced=balanced)
-    problems, copies_out = [], ""
-    if test is None or keys.test is None:
-        num_usable = len(order)
-        taken, order = order.split(num_test)
-        test = pool.take(torch.from_numpy(taken.index))
-    else:
-        if num_test > len(test):
-            problems.append(f"data.num-test: got {num_test}; the test split of {config.name} has {len(test)} images")
-        copies = np.isin(keys.train, keys.test)[order.index]
-        if num_copies := int(copies.sum()):
-            order = _Order(index=order.index[~copies], group=order.group[~copies])
-            copies_out = f"{num_copies} training images are copies of test images and are left out"
-            notes += (copies_out,)
-        num_usable = len(order)
-        test = test.take(torch.from_numpy(_ordered(test.labels.numpy(), keys.test, class_balanced=balanced).index[:num_test]))
-    rest = len(order) - num_public
-    num_private = number(config.num_private, max(0, min(rest, info.num_private)))
-    if num_validation > num_public:
-        problems.append(f"data.num-validation: got {num_validation}; it is a part of the public images, which are {num_public}")
+    """Take the parts out of the images one after the other: test, public, validation, private."""
+    asked, size = _Sizes.of(config, info), config.image_size or info.image_size
+    test, order, problems, copies = _test_part(config, source, keys, asked.test)
+    notes = (*source.notes, copies) if copies else source.notes
+    rest = len(order) - asked.public
+    num_private = max(0, min(rest, info.num_private)) if asked.private is None else asked.private
+    if asked.validation > asked.public:
+        problems.append(
+            f"data.num-validation: got {asked.validation}; it is a part of the public images, which are {asked.public}"
+        )
     if len(test) == 0:
         problems.append(
-            f"data.num-test: got {num_test}; the server needs at least one test image, and equal images stay in one part"
+            f"data.num-test: got {asked.test}; the server needs at least one test image, and equal images stay in one part"
         )
     if num_private < 1 or num_private > rest:
+        num_usable = len(order) + (len(test) if _cuts_test(source, keys) else 0)
         problems.append(
-            f"data: {num_test} test, {num_public} public and {num_private} private images asked for; {config.name} has {num_usable} for those "
-            "parts, and at least one must be private" + (f" ({copies_out})" if copies_out else "")
+            f"data: {asked.test} test, {asked.public} public and {num_private} private images asked for; {config.name} has {num_usable} for "
+            "those parts, and at least one must be private" + (f" ({copies})" if copies else "")
         )
     if problems:
         raise ConfigError(problems)
-    public, order = order.split(num_public - num_validation)
-    validation, order = order.split(num_validation)
-    all_that_is_left = config.num_private < 0 and num_private == rest
+    public, order = order.split(asked.public - asked.validation)
+    validation, order = order.split(asked.validation)
+    all_that_is_left = asked.private is None and num_private == rest
     private = order if all_that_is_left else order.split(num_private)[0]
-    for name, found, asked in (
-        ("test", len(test), num_test),
-        ("public training", len(public), num_public - num_validation),
-        ("validation", len(validation), num_validation),
+    for name, found, wanted in (
+        ("test", len(test), asked.test),
+        ("public training", len(public), asked.public - asked.validation),
+        ("validation", len(validation), asked.validation),
         ("private", len(private), num_private),
     ):
-        if found < asked:
-            notes += (f"{found} {name} images instead of {asked}: equal images stay in one part, and the next group is larger",)
+        if found < wanted:
+            notes += (
+                f"{found} {name} images instead of {wanted}: equal images stay in one part, and the next group is larger",
+            )
     if len(private) == 0:
         raise ConfigError([f"data.num-private: no private image is left ({'; '.join(notes)}). Give the clients more images"])
 
     def images(part: _Order) -> Examples:
-        return _resized(pool.take(torch.from_numpy(part.index)), size)
+        return _resized(source.train.take(torch.from_numpy(part.index)), size)
 
     return DataParts(
         info=info,
@@ -224,6 +230,29 @@ def _cut(config: DataConfig, info: DataInfo, source: Source, keys: Keys) -> Data
         private=images(private),
         notes=notes,
     )
+
+
+def _cuts_test(source: Source, keys: Keys) -> bool:
+    """Whether the test part has to be taken out of the training images."""
+    return source.test is None or keys.test is None
+
+
+def _test_part(config: DataConfig, source: Source, keys: Keys, num_test: int) -> tuple[Examples, _Order, list[str], str]:
+    """Return the test part, the order of the images that are left, what is wrong, and a note on copies that were left out."""
+    balanced = config.name in DATASETS
+    order = _ordered(source.train.labels.numpy(), keys.train, class_balanced=balanced)
+    if source.test is None or keys.test is None:
+        taken, order = order.split(num_test)
+        return source.train.take(torch.from_numpy(taken.index)), order, [], ""
+    problems, note = [], ""
+    if num_test > len(source.test):
+        problems.append(f"data.num-test: got {num_test}; the test split of {config.name} has {len(source.test)} images")
+    copies = np.isin(keys.train, keys.test)[order.index]
+    if num_copies := int(copies.sum()):
+        order = _Order(index=order.index[~copies], group=order.group[~copies])
+        note = f"{num_copies} training images are copies of test images and are left out"
+    chosen = _ordered(source.test.labels.numpy(), keys.test, class_balanced=balanced).index[:num_test]
+    return source.test.take(torch.from_numpy(chosen)), order, problems, note
 
 
 def _ordered(labels: np.ndarray, keys: np.ndarray, *, class_balanced: bool) -> _Order:

@@ -39,6 +39,7 @@ class GeneratorTask:
         self._config, self._settings, self._parts = config, config.federated_generator, parts
         self._attendance = attendance
         self._run, self._own = run_dir, run_dir.generator_rounds
+        self._seconds: list[float] = []  # of the rounds since the start
         self._images: dict[int, int] = {}  # that each client has, as it said last
 
     def start(self) -> Checkpoint:
@@ -101,8 +102,10 @@ class GeneratorTask:
         times = {"round": server_round, "clients_seconds": result.seconds}
         self._own.append("timings.jsonl", times | result.timings())
         loss = "no client of this round has an image" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}"
+        self._seconds.append(result.seconds)
+        left = (self.rounds - server_round) * sum(self._seconds) / len(self._seconds)
         line = f"{self.title} {server_round}/{self.rounds}: {loss}, {len(result.replies)} clients, {result.seconds:.1f} s"
-        log(INFO, "%s", line)
+        log(INFO, "%s, about %.0f min left", line, left / 60)
         return replace(point, server_round=server_round, arrays=arrays, method_state={AVERAGE: average})
 
     def save(self, point: Checkpoint) -> None:
