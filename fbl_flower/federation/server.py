@@ -29,6 +29,7 @@ from fbl_flower.federation.generator_task import GeneratorTask
 from fbl_flower.federation.global_model import server_in_words
 from fbl_flower.federation.method_rounds import announce, roles_of
 from fbl_flower.federation.preflight import generator_needed, preflight
+from fbl_flower.federation.privacy import PrivacyLedger
 from fbl_flower.federation.report import write_report
 from fbl_flower.federation.roster import Roster, call_roll
 from fbl_flower.federation.rounds import reasons, run_rounds
@@ -118,6 +119,11 @@ class _Federation:
             return GeneratorSupply("")
         given = config.generator.path
         if config.generator.name != FEDERATED or given:
+            if config.generator.name == FEDERATED and config.privacy.noise_multiplier:
+                log(
+                    WARNING,
+                    "generator.path: clients trained this generator in another run, whose epsilon is not part of this run's",
+                )
             run.write_json("generator.json", {"name": config.generator.name, "path": given})
             return GeneratorSupply(
                 config.generator.name, Path(given).expanduser() if config.generator.name == FEDERATED else None
@@ -168,7 +174,7 @@ class _Federation:
     def _finish_generator_only(self, seconds: float) -> None:
         """End a run that was for the generator alone."""
         left_out = left_out_of(self.run_dir.generator_rounds)
-        summary = {"status": "completed", "rounds": 0, "left_out": left_out, "seconds": seconds} | self.summary
+        summary = {"status": "completed", "rounds": 0, "left_out": left_out, "seconds": seconds} | self.summary | self._spent()
         self.run_dir.write_json("summary.json", summary)
         log(INFO, "The generator's folder: %s", self.run_dir.generator)
 
@@ -190,6 +196,7 @@ class _Federation:
                 "seconds_to_prepare": prepare_seconds,
                 "seconds": seconds,
                 **self.summary,
+                **self._spent(),
             },
         )
         try:
@@ -202,6 +209,11 @@ class _Federation:
         if left_out or self.attendance.not_prepared:
             log(WARNING, "Clients failed in this run; summary.json names them")
         log(INFO, "Run directory: %s", self.run_dir.path)
+
+    def _spent(self) -> dict[str, float]:
+        """Return epsilon and delta of the whole run, as summary.json has them; without noise, nothing."""
+        spent = PrivacyLedger(self.config, self.run_dir).spent()
+        return spent | {"delta": self.config.privacy.delta} if spent else {}
 
 
 def left_out_of(run: RunDirectory) -> dict[str, dict[str, str]]:
