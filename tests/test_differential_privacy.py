@@ -31,6 +31,7 @@ from fbl_flower.federation.wire import Reply
 from fbl_flower.generation.federated import CLASS_CODES, initial_arrays
 from fbl_flower.generation.loading import read_info
 from fbl_flower.params import Arrays
+from fbl_flower.reporting.results_table import TableLine, as_csv, as_markdown
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 from fbl_flower.training.roles import Role
 
@@ -333,3 +334,15 @@ def test_a_generator_of_another_run_is_not_in_the_account(tmp_path: Path, monkey
     watch_log(monkeypatch, lines)
     run_local(few(tmp_path, generator__path=str(alone.run_dir / "generator"), **NOISE))
     assert any("another run, whose epsilon is not part" in line for line in lines)
+
+
+def test_a_results_table_has_epsilon_where_a_row_has_one() -> None:
+    plain = TableLine(title="plain", rounds="20", accuracies={0: 0.9}, seconds={0: 1.0}, command="x")
+    private = dataclasses.replace(plain, title="private", epsilon={0: 15.25})
+    assert "epsilon" not in as_markdown([plain], [0]) + as_csv([plain], [0])
+    head, _, first, second = as_markdown([plain, private], [0]).splitlines()
+    column = head.split(" | ").index("epsilon")
+    assert [line.split(" | ")[column] for line in (first, second)] == ["–", "15.2"]
+    head, first, second = as_csv([plain, private], [0]).splitlines()
+    column = head.split(",").index("mean_epsilon")
+    assert [line.split(",")[column] for line in (first, second)] == ["", "15.25"]

@@ -2,7 +2,7 @@
 
 config.toml          every setting of the run, as run-config keys
 versions.json        Python and packages
-metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count, on a CPU
+metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count, on a CPU, unless privacy adds noise
 timings.jsonl        one line a round, clock times, and each client's share of the traffic
 nodes.json           the nodes, their clients, which of these are prepared or why not; who left and came back, the server among them
 summary.json         status, final accuracy, what went wrong
