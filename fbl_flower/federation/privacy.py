@@ -3,9 +3,9 @@
 DP-FedAvg with fixed clipping (McMahan et al., arXiv 1710.06963, Algorithm 1), on a server that is trusted with single updates. It holds for
 the global models; what else a run leaves on the server is not covered (docs/privacy.md).
 
-One client changes the sum of a round by at most C: it is compared with the same client without data, whose update is 0. So the noise of a
-round has sigma C for a sensitivity of C, and a client pays for each round in which it was chosen. Nothing is gained from the others:
-who is chosen follows from the seed and is in the metrics, so there is no amplification by sampling.
+A client is compared with the same client without data, whose update is 0. So one client changes the sum of a round by at most C, the noise has
+sigma C for that, and the client pays for each round in which it was chosen. Random choice does not lower epsilon further: it follows from
+the seed and is in the metrics, so there is no amplification by sampling.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def private_model(
         privacy: C (`clip_norm`, > 0) and sigma (`noise_multiplier`, >= 0).
         cohort: m, how many clients a round is expected to have. The actual number would tell who failed.
         fixed: Names of arrays that no client may change.
-        rng: Source of the noise; None: the operating system's entropy, which nobody can guess as they can a run's seed.
+        rng: Source of the noise; None: the operating system's entropy, since a run's seed may be known.
     """
     start = {
         name: array.astype(np.float64)
