@@ -32,7 +32,11 @@ LEFT = 3  # exit code of a job that another process is running
 _ROUNDS = "num-server-rounds"
 _IDENTITY = "identity.json"  # beside the runs of a job: what decides their numbers, generators and images by content
 _BYTES = ("bytes_to_clients", "bytes_from_clients")
-_OTHER_MODELS = ("untuned_accuracy", "averaged_accuracy")  # before the server tuned it; its average over rounds
+_OTHER_SCORES = (
+    "untuned_accuracy",
+    "averaged_accuracy",
+    "epsilon",
+)  # before the server tuned it; its average over rounds; privacy
 
 
 def run_one(row: Row, seed: int, *, keep: Path) -> dict[str, Any]:
@@ -168,7 +172,7 @@ def _run_federation(config: RunConfig) -> tuple[dict[str, Any], float]:
     text = (outcome.run_dir / "metrics.jsonl").read_text(encoding="utf-8")
     metrics = [json.loads(line) for line in text.splitlines()]
     measured: dict[str, Any] = {"accuracy": {str(entry["round"]): float(entry["accuracy"]) for entry in metrics}}
-    for name in _OTHER_MODELS:
+    for name in _OTHER_SCORES:
         if scores := {str(entry["round"]): float(entry[name]) for entry in metrics if name in entry}:
             measured[name] = scores
     for name in _BYTES:

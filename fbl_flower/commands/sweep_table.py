@@ -94,6 +94,7 @@ def table_lines(row: Row, seeds: Sequence[int], out: Path) -> list[TableLine]:
             else {},
             "untuned": _of_round("untuned_accuracy", results, number),
             "averaged": _of_round("averaged_accuracy", results, number),
+            "epsilon": _of_round("epsilon", results, number),
             "seconds": {},
             **whole,
         }

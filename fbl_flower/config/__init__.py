@@ -9,6 +9,8 @@ from fbl_flower.config.parsing import Setting as Setting
 from fbl_flower.config.parsing import flatten as flatten
 from fbl_flower.config.parsing import parse_config as parse_config
 from fbl_flower.config.parsing import surface as surface
+from fbl_flower.config.privacy import NOT_PRIVATE as NOT_PRIVATE
+from fbl_flower.config.privacy import PrivacyConfig as PrivacyConfig
 from fbl_flower.config.sections import AUTO as AUTO
 from fbl_flower.config.sections import DATA_NAMES as DATA_NAMES
 from fbl_flower.config.sections import FEDERATED as FEDERATED

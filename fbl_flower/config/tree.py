@@ -19,8 +19,10 @@ from fbl_flower.config.methods import (
     MoonConfig,
     ScaffoldConfig,
     client_problems,
+    method_shares,
 )
 from fbl_flower.config.options import option
+from fbl_flower.config.privacy import PrivacyConfig, privacy_problems
 from fbl_flower.config.sections import (
     AUTO,
     FEDERATED,
@@ -65,6 +67,7 @@ class RunConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     federated_generator: FederatedGeneratorConfig = field(default_factory=FederatedGeneratorConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     server_tuning: ServerTuningConfig = field(default_factory=ServerTuningConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -170,4 +173,22 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
         if value and g.name != "public-images":
             text = f"{key}: got {value}; only public-images are degraded, and generator.name is {g.name!r}"
             found.append(((key, "generator.name"), text))
+    found += privacy_problems(
+        config.privacy,
+        num_clients=config.num_clients,
+        classifies=config.num_server_rounds > 0,
+        weight_by=config.aggregation.weight_by,
+        methods=_methods(config),
+        average_embeddings=b.average_embeddings,
+        batch_norm=config.model.name == "resnet18" and config.model.norm == "batch",
+    )
     return found + client_problems(config.clients, num_clients=config.num_clients, balancing=b.enabled)
+
+
+def _methods(config: RunConfig) -> set[str]:
+    """Return the methods of the clients, as far as `clients.methods` can be read."""
+    try:
+        shares = dict(method_shares(config.clients.methods))
+    except ValueError:
+        shares = {}
+    return {config.method.name} | {name for name, share in shares.items() if share > 0}

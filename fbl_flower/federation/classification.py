@@ -14,7 +14,7 @@ import torch
 from flwr.app import RecordDict
 from flwr.common.logger import log
 
-from fbl_flower.config import RunConfig
+from fbl_flower.config import NOT_PRIVATE, RunConfig
 from fbl_flower.data.datasets import DataParts, scored_part
 from fbl_flower.device import pick_device
 from fbl_flower.errors import RunFailed
@@ -23,6 +23,7 @@ from fbl_flower.federation.cost import Traffic
 from fbl_flower.federation.generator_supply import GeneratorSupply
 from fbl_flower.federation.global_model import next_point, with_average
 from fbl_flower.federation.method_rounds import announce, packed_state, roles_of, update_of
+from fbl_flower.federation.privacy import PrivacyLedger
 from fbl_flower.federation.rounds import Round, choose_clients
 from fbl_flower.federation.wire import TRAIN, Reply, Request, array_record
 from fbl_flower.methods.server import lacks_arrays, with_clients
@@ -70,7 +71,7 @@ class Classification:
         self.rounds = config.num_server_rounds
         self.tuned: Arrays | None = None
         self._config, self._run_dir, self._parts, self._attendance, self._roles = config, run_dir, parts, attendance, roles
-        self._supply = supply
+        self._supply, self._ledger = supply, PrivacyLedger(config, run_dir)
         self._device = pick_device(config)
         self._network = fitted(config.model, image_size=parts.image_size, device=self._device)
         self._last_round: dict[int, int] = {}  # the last round in which a client succeeded
@@ -129,6 +130,8 @@ class Classification:
 
     def objection(self, reply: Reply, client: int, point: Checkpoint) -> str:
         update = update_of(reply, self._roles[client])
+        if self._config.privacy.clip_norm and update.method in NOT_PRIVATE:
+            return f"its method, {update.method}, does not work with privacy.clip-norm"
         if lacks_arrays(update, point.method_state):
             return f"it did not send the arrays of its method, {update.method}"
         return ""
@@ -141,6 +144,7 @@ class Classification:
         self._supply.delivered(result.replies)
         self._supply.lost(result.failures)
         self._last_round |= dict.fromkeys(result.replies, server_round)
+        self._ledger.add(result.chosen)
         untuned = next_point(
             point, result.replies, self._roles, config=config, server_round=server_round, parameters=self._parameters
         )
@@ -210,7 +214,9 @@ class Classification:
             if row["train_loss"] is not None:
                 loss = f"training loss {row['train_loss']:.3f}"
             line += f", {loss}, {len(result.replies)} clients, {result.seconds:.1f} s"
-        self._run_dir.append("metrics.jsonl", row)
+        spent = self._ledger.spent()
+        line += "".join(f", {name} {value:.3g}" for name, value in spent.items())
+        self._run_dir.append("metrics.jsonl", row | spent)
         times = {
             "round": point.server_round,
             "clients_seconds": result.seconds,

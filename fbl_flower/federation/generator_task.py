@@ -14,6 +14,7 @@ from fbl_flower.config import RunConfig
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.errors import RunFailed
 from fbl_flower.federation.attendance import Attendance
+from fbl_flower.federation.privacy import PrivacyLedger, cohort_size, private_model
 from fbl_flower.federation.rounds import Round, choose_clients
 from fbl_flower.federation.wire import TRAIN_GENERATOR, Reply, Request, array_record
 from fbl_flower.generation.federated import CLASS_CODES, initial_arrays, write_federated
@@ -40,6 +41,7 @@ class GeneratorTask:
         self._attendance = attendance
         self._run, self._own = run_dir, run_dir.generator_rounds
         self._seconds: list[float] = []  # of the rounds since the start
+        self._ledger = PrivacyLedger(config, run_dir)
         self._images: dict[int, int] = {}  # that each client has, as it said last
 
     def start(self) -> Checkpoint:
@@ -86,9 +88,13 @@ class GeneratorTask:
     def advance(self, point: Checkpoint, result: Round, server_round: int) -> Checkpoint:
         sizes = {client: reply.num_real for client, reply in result.replies.items()}
         self._images |= sizes
-        arrays = point.arrays
-        if any(sizes.values()):
-            replies = [reply.arrays for reply in result.replies.values()]
+        self._ledger.add(result.chosen)
+        arrays, privacy = point.arrays, self._config.privacy
+        replies = [reply.arrays for reply in result.replies.values()]
+        if privacy.clip_norm:
+            cohort = cohort_size(self._settings.fraction_train, self._config.num_clients)
+            arrays = private_model(arrays, replies, privacy, cohort=cohort, fixed={CLASS_CODES})
+        elif any(sizes.values()):
             arrays = weighted_mean(replies, [float(size) for size in sizes.values()])
             arrays[CLASS_CODES] = point.arrays[CLASS_CODES]  # which no client may move
         if not all_finite(arrays):
@@ -98,7 +104,7 @@ class GeneratorTask:
             )
         average = next_average(point.method_state[AVERAGE], arrays, decay=self._settings.average, server_round=server_round)
         row = {"round": server_round} | result.metrics() | {"images": {str(client): n for client, n in sizes.items()}}
-        self._own.append("metrics.jsonl", row)
+        self._own.append("metrics.jsonl", row | self._ledger.spent())
         times = {"round": server_round, "clients_seconds": result.seconds}
         self._own.append("timings.jsonl", times | result.timings())
         loss = "no client of this round has an image" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}"
@@ -118,15 +124,15 @@ class GeneratorTask:
             raise RunFailed("the generator: no client that trained it has an image")
         rows = self._own.read_rows("timings.jsonl")
         seconds = sum(row["clients_seconds"] for row in rows)
-        out = self._run.generator
+        out, private = self._run.generator, self._config.privacy.clip_norm > 0
         shutil.rmtree(out, ignore_errors=True)
         write_federated(
             point.method_state[AVERAGE],
             self._parts,
             self._config.data,
             self._settings,
-            num_clients=sum(size > 0 for size in self._images.values()),
-            num_images=sum(self._images.values()),
+            num_clients=len(self._images) if private else sum(size > 0 for size in self._images.values()),
+            num_images=0 if private else sum(self._images.values()),
             seed=self._config.seed,
             seconds=seconds,
             out=out,

@@ -9,10 +9,11 @@ import torch
 
 from fbl_flower.config import RunConfig
 from fbl_flower.federation.method_rounds import update_of
+from fbl_flower.federation.privacy import cohort_size, private_model
 from fbl_flower.federation.wire import Reply
 from fbl_flower.methods.server import corrected, model_to_average, next_state
 from fbl_flower.methods.server_step import AVERAGE, next_average, server_step
-from fbl_flower.params import weighted_mean
+from fbl_flower.params import Arrays, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint
 from fbl_flower.training.roles import Role
 
@@ -30,7 +31,8 @@ def next_point(
 ) -> Checkpoint:
     """Return the state of the run after a round: the mean of the clients' models, then what the server makes of it.
 
-    The mean is weighted as `aggregation.weight-by` says. Clients without images weigh nothing.
+    The mean is weighted as `aggregation.weight-by` says. Clients without images weigh nothing. With `privacy.clip-norm`, the sum of clipped
+    updates, with noise, takes its place; sizes and whatever else a client sent are not looked at.
 
     Args:
         point: Before the round.
@@ -40,6 +42,13 @@ def next_point(
         server_round: From 1.
         parameters: Asked for the model's, if they are needed.
     """
+    if config.privacy.clip_norm:
+        models = [reply.arrays for reply in replies.values()]
+        cohort = cohort_size(config.fraction_train, config.num_clients)
+        private = replace(
+            point, server_round=server_round, arrays=private_model(point.arrays, models, config.privacy, cohort=cohort)
+        )
+        return _stepped(private, point.arrays, config, parameters)
     by = config.aggregation.weight_by
     sizes = [r.num_real if by == "real" else r.num_examples for r in replies.values()]
     weights = [float(size > 0 if by == "equal" else size) for size in sizes]
@@ -53,11 +62,17 @@ def next_point(
     arrays = weighted_mean([model_to_average(u, point.arrays, config) for u in updates], weights)
     state = next_state(point.method_state, updates, config=config, server_round=server_round)
     arrays, state = corrected(arrays, point.arrays, state, updates, config=config)
-    if config.server.optimizer != "none":
-        names = [name for name, _ in parameters()]
-        arrays, moved = server_step(point.arrays, arrays, state, config=config.server, parameters=names)
-        state = state | moved
-    return replace(point, server_round=server_round, arrays=arrays, embeddings=embeddings, method_state=state)
+    mean = replace(point, server_round=server_round, arrays=arrays, embeddings=embeddings, method_state=state)
+    return _stepped(mean, point.arrays, config, parameters)
+
+
+def _stepped(mean: Checkpoint, before: Arrays, config: RunConfig, parameters: Parameters) -> Checkpoint:
+    """Return the state of the run after the step of the server's optimizer from `before` towards the mean."""
+    if config.server.optimizer == "none":
+        return mean
+    names = [name for name, _ in parameters()]
+    arrays, moved = server_step(before, mean.arrays, mean.method_state, config=config.server, parameters=names)
+    return replace(mean, arrays=arrays, method_state=mean.method_state | moved)
 
 
 def with_average(point: Checkpoint, config: RunConfig) -> Checkpoint:
@@ -74,7 +89,14 @@ def with_average(point: Checkpoint, config: RunConfig) -> Checkpoint:
 
 def server_in_words(config: RunConfig) -> str:
     """Say what the server does beside averaging; empty: nothing."""
-    server, tuning, parts = config.server, config.server_tuning, []
+    server, tuning, privacy, parts = config.server, config.server_tuning, config.privacy, []
+    if privacy.clip_norm:
+        noise = (
+            f"noise multiplier {privacy.noise_multiplier:g}"
+            if privacy.noise_multiplier
+            else "without noise, so without privacy"
+        )
+        parts.append(f"clips updates to a norm of {privacy.clip_norm:g}, {noise}")
     if server.optimizer != "none":
         parts.append(f"optimizer {server.optimizer}, learning rate {server.learning_rate:g}")
     if server.average:

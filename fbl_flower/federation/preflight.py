@@ -16,6 +16,7 @@ from fbl_flower.data.datasets import DataParts, load_parts, scored_part
 from fbl_flower.data.partition import partition
 from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, DataError, FBLError, GeneratorError
+from fbl_flower.federation.privacy import check_accounting
 from fbl_flower.generation.loading import check_generator, check_generator_files, choose_generator
 from fbl_flower.models import check_model, fitted
 from fbl_flower.training.central import public_examples
@@ -48,6 +49,7 @@ def preflight(config: RunConfig, *, clients_here: bool = True) -> RunConfig:
             found.append(error)
             return None
 
+    attempt(partial(check_accounting, config))
     parts = attempt(lambda: load_parts(config.data))
     if parts is not None:
         labels = believed_labels(config, parts).numpy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from logging import WARNING
 from typing import Protocol
 
@@ -38,12 +38,14 @@ class Round:
     Attributes:
         replies: By client, in ascending order; at least one, but for the initial model.
         failures: Why others are left out, by client.
+        chosen: All that were asked.
         traffic: What travelled.
         seconds: Time that it took.
     """
 
     replies: dict[int, Reply]
     failures: dict[int, str]
+    chosen: list[int] = field(default_factory=list)
     traffic: Traffic
     seconds: float
 
@@ -147,7 +149,8 @@ def run_rounds(task: Task, point: Checkpoint, *, grid: Grid, config: RunConfig, 
             log(WARNING, "%s %d: client %d is left out: %s", task.title, server_round, client, reason)
         if not replies:
             raise RunFailed(f"{task.title.lower()} {server_round}: no client succeeded: " + reasons(failures))
-        result = Round(replies=replies, failures=failures, traffic=traffic, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        result = Round(replies=replies, failures=failures, chosen=chosen, traffic=traffic, seconds=seconds)
         point = task.advance(point, result, server_round)
         if server_round % config.checkpoint_every == 0 or server_round == task.rounds:
             task.save(point)

@@ -30,6 +30,7 @@ from fbl_flower.federation.global_model import server_in_words
 from fbl_flower.federation.known_generators import remember, take_known
 from fbl_flower.federation.method_rounds import announce, roles_of
 from fbl_flower.federation.preflight import generator_needed, preflight
+from fbl_flower.federation.privacy import PrivacyLedger
 from fbl_flower.federation.report import write_report
 from fbl_flower.federation.roster import Roster, call_roll
 from fbl_flower.federation.rounds import reasons, run_rounds
@@ -119,20 +120,26 @@ class _Federation:
             return GeneratorSupply("")
         given = config.generator.path
         if config.generator.name != FEDERATED or given:
+            if config.generator.name == FEDERATED and config.privacy.noise_multiplier:
+                log(
+                    WARNING,
+                    "generator.path: clients trained this generator in another run, whose epsilon is not part of this run's",
+                )
             run.write_json("generator.json", {"name": config.generator.name, "path": given})
             return GeneratorSupply(
                 config.generator.name, Path(given).expanduser() if config.generator.name == FEDERATED else None
             )
-        simulated = is_simulated(self.grid)
+        # On nodes of their own, nobody knows whether the images are the same; with noise, each training is to be accounted for.
+        known = is_simulated(self.grid) and not config.privacy.noise_multiplier
         begun = run.generator_rounds.has_checkpoint()
-        if not run.generator.is_dir() and simulated and not begun and take_known(run, config, self.parts):
+        if known and not run.generator.is_dir() and not begun and take_known(run, config, self.parts):
             log(INFO, "The federation's generator: an earlier run with the same settings has trained it")
         if not run.generator.is_dir():
             task = GeneratorTask(config, run, self.parts, self.attendance)
             self.attendance.title = task.title
             point = run_rounds(task, task.start(), grid=self.grid, config=config, attendance=self.attendance)
             task.finish(point)
-            if simulated:  # on nodes of their own, nobody knows whether the images are the same
+            if known:
                 remember(run, config, self.parts)
             self.attendance.title = "Round"
         run.write_json("generator.json", {"name": FEDERATED, "path": str(run.generator)})
@@ -175,7 +182,7 @@ class _Federation:
     def _finish_generator_only(self, seconds: float) -> None:
         """End a run that was for the generator alone."""
         left_out = left_out_of(self.run_dir.generator_rounds)
-        summary = {"status": "completed", "rounds": 0, "left_out": left_out, "seconds": seconds} | self.summary
+        summary = {"status": "completed", "rounds": 0, "left_out": left_out, "seconds": seconds} | self.summary | self._spent()
         self.run_dir.write_json("summary.json", summary)
         log(INFO, "The generator's folder: %s", self.run_dir.generator)
 
@@ -197,6 +204,7 @@ class _Federation:
                 "seconds_to_prepare": prepare_seconds,
                 "seconds": seconds,
                 **self.summary,
+                **self._spent(),
             },
         )
         try:
@@ -209,6 +217,11 @@ class _Federation:
         if left_out or self.attendance.not_prepared:
             log(WARNING, "Clients failed in this run; summary.json names them")
         log(INFO, "Run directory: %s", self.run_dir.path)
+
+    def _spent(self) -> dict[str, float]:
+        """Return epsilon and delta of the whole run, as summary.json has them; without noise, nothing."""
+        spent = PrivacyLedger(self.config, self.run_dir).spent()
+        return spent | {"delta": self.config.privacy.delta} if spent else {}
 
 
 def left_out_of(run: RunDirectory) -> dict[str, dict[str, str]]:

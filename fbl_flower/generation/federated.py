@@ -202,7 +202,7 @@ def write_federated(
         parts: The server's.
         data, config: The run's.
         num_clients: Clients that took part.
-        num_images: Images that they have together, as they stated.
+        num_images: Images that they have together, as they stated; 0: not told.
         seed: The run's.
         seconds: That the rounds took.
         out: Must not exist.

@@ -121,7 +121,7 @@ class GeneratorInfo:
         channels: 1 (grey) or 3 (RGB).
         class_names: In the order of the labels.
         public_sha256: `DataParts.public_sha256` of the training images; empty for a federated one.
-        num_images: How many they were.
+        num_images: How many they were; 0: not told.
         training: The hyper-parameters; None for a federated one.
         federation: Who trained it, if clients did, on images of their own.
         wall_seconds, cpu_seconds, num_threads: What the steps of the training took, without checkpoints and previews.

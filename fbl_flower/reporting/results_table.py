@@ -27,6 +27,7 @@ class TableLine:
         bytes_sent: By seed, what was sent in both directions in the whole run.
         untuned: By seed, the accuracy before the server trained the model (`server-tuning`).
         averaged: By seed, the accuracy of the average of the global model over rounds (`server.average`).
+        epsilon: By seed, what the models up to then have cost in differential privacy (`privacy.noise-multiplier`).
         wrong_kept: By seed, the share of wrong labels, 0 .. 1, among the real images that sampling kept at the end.
     """
 
@@ -43,6 +44,7 @@ class TableLine:
     bytes_sent: Mapping[int, int] = field(default_factory=dict)
     untuned: Mapping[int, float] = field(default_factory=dict)
     averaged: Mapping[int, float] = field(default_factory=dict)
+    epsilon: Mapping[int, float] = field(default_factory=dict)
     wrong_kept: Mapping[int, float] = field(default_factory=dict)
 
     @property
@@ -89,6 +91,8 @@ def as_markdown(lines: Sequence[TableLine], seeds: Sequence[int], *, scored_on: 
         ("average over rounds (%)", [line.averaged for line in lines]),
     ):
         columns.append((head, [_summary(one, len(seeds)) if one else "–" for one in scores], any(scores)))
+    spent = [_number(line.epsilon, seeds, 1, 1, of=len(line.accuracies)) or "–" for line in lines]
+    columns.append(("epsilon", spent, any(line.epsilon for line in lines)))
     has_target = any(line.target is not None for line in lines)
     columns += [
         ("target (%)", [f"{100 * line.target:g}" if line.to_target and line.target else "" for line in lines], has_target),
@@ -117,13 +121,14 @@ def as_markdown(lines: Sequence[TableLine], seeds: Sequence[int], *, scored_on: 
 
 
 def as_csv(lines: Sequence[TableLine], seeds: Sequence[int]) -> str:
-    """Return the table as CSV, every column in every table; accuracies in percent, full precision; "not reached" as a word."""
+    """Return the table as CSV, every column in every table but epsilon, which only some have; accuracies in percent, full precision; "not reached" as a word."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     head = ["row", "rounds", "num_seeds", "mean_percent", "sd_percent", *(f"seed_{seed}_percent" for seed in seeds)]
     head += ["mean_seconds", "synthetic_images", "target_percent", "num_seeds_to_target", "mean_rounds_to_target"]
     head += ["mean_bytes_to_target", "mean_bytes_sent", "mean_wrong_kept_percent", "mean_last_5_rounds_percent"]
-    head += ["mean_untuned_percent", "mean_averaged_percent", "command"]
+    private = any(line.epsilon for line in lines)
+    head += ["mean_untuned_percent", "mean_averaged_percent", *(["mean_epsilon"] if private else []), "command"]
     writer.writerow(head)
     for line in lines:
         per_seed = [100 * line.accuracies[seed] if seed in line.accuracies else None for seed in seeds]
@@ -135,6 +140,7 @@ def as_csv(lines: Sequence[TableLine], seeds: Sequence[int]) -> str:
                 *(_mean(line.seconds), line.generator, None if line.target is None else 100 * line.target),
                 *(len(line.reached) if line.to_target else None, reached, _mean(line.bytes_to_target), _mean(line.bytes_sent)),
                 *(None if share is None else 100 * share for share in shares),
+                *([_mean(line.epsilon)] if private else []),
                 line.command,
             ]
         )

@@ -2,12 +2,13 @@
 
 config.toml          every setting of the run, as run-config keys
 versions.json        Python and packages
-metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count, on a CPU
+metrics.jsonl        one line a round; the same bytes for the same seed, machine and thread count, on a CPU, unless privacy adds noise
 timings.jsonl        one line a round, clock times, and each client's share of the traffic
 nodes.json           the nodes, their clients, which of these are prepared or why not; who left and came back, the server among them
 summary.json         status, final accuracy, what went wrong
 checkpoint.safetensors   the last checkpoint: model, round, and what the server keeps for methods and its own step
 model.safetensors    the final model
+privacy.json         with privacy.noise-multiplier: in how many rounds each client was chosen, and the epsilon of that; never cut by a resume
 generator.json       which generator the run uses, and why
 generator/           a generator that the clients trained together; generator-rounds/: its rounds, in files as those above
 choices.json         in simulation: how many kept images each replay kept again, and brought back, summed over the clients
