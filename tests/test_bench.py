@@ -27,7 +27,7 @@ def test_too_little_memory_is_a_result_and_not_a_crash() -> None:
     assert one.seconds is None and one.problem in ("out of memory", "the libraries cannot be loaded in so little memory")
 
 
-def test_the_table_shows_pairs_and_failures() -> None:
+def test_the_table_shows_tasks_and_failures() -> None:
     def one(task: str, limit: int, seconds: float | None, problem: str = "") -> Measurement:
         peak = None if seconds is None else 300.4
         return Measurement(
@@ -37,12 +37,14 @@ def test_the_table_shows_pairs_and_failures() -> None:
     found = [
         one("generate", 0, 5.0),
         one("epoch", 0, 20.0),
+        one("together", 0, 40.0),
         one("generate", 1024, None, "out of memory"),
         one("epoch", 1024, 20.0),
+        one("together", 1024, None, "out of memory"),
     ]
     lines = as_markdown(found, num_images=100, epoch_images=2500).splitlines()
-    assert lines[2] == "| 1 | none | 5.0 s | 300 MiB | 20.0 s | 300 MiB | 0.25 |"
-    assert lines[3] == "| 1 | 1 GiB | failed: out of memory |  | 20.0 s | 300 MiB |  |"
+    assert lines[2] == "| 1 | none | 5.0 s | 300 MiB | 20.0 s | 300 MiB | 0.25 | 40.0 s | 300 MiB |"
+    assert lines[3] == "| 1 | 1 GiB | failed: out of memory |  | 20.0 s | 300 MiB |  | failed: out of memory |  |"
 
 
 def test_the_command_writes_json_and_refuses_bad_numbers(
@@ -66,7 +68,9 @@ def test_the_command_writes_json_and_refuses_bad_numbers(
     ]
     assert cli.main([*command, "-c", 'model.name="tiny"']) == 0
     report = json.loads(out.read_text())
-    assert [(m["task"], m["threads"], m["limit_mb"]) for m in report["measurements"]] == [("generate", 1, 0), ("epoch", 1, 0)]
+    assert [(m["task"], m["threads"], m["limit_mb"]) for m in report["measurements"]] == [
+        ("generate", 1, 0), ("epoch", 1, 0), ("together", 1, 0),
+    ]  # fmt: skip
     assert "| 1 | none |" in capsys.readouterr().out
     assert cli.main(["bench", "generator", "--images", "0", "--data", "nothing"]) == 2
     assert "--images: got 0" in (error := capsys.readouterr().err) and "data.name: got 'nothing'" in error

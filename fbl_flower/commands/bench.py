@@ -28,8 +28,10 @@ from fbl_flower.commands.job_memory import memory_of
 from fbl_flower.commands.json_file import check_place, write_json
 from fbl_flower.config import RunConfig, flatten, parse_config
 from fbl_flower.data.datasets import DataParts, load_parts
-from fbl_flower.data.examples import concatenate
+from fbl_flower.data.examples import Examples, concatenate
+from fbl_flower.device import pick_device
 from fbl_flower.errors import ConfigError, FBLError, RunFailed
+from fbl_flower.generation.federated import initial_arrays, local_stream, train_locally
 from fbl_flower.generation.loading import check_generator, load_generator
 from fbl_flower.generation.memory import is_out_of_memory
 from fbl_flower.seeding import derive
@@ -43,7 +45,7 @@ class Measurement:
     """One task under one limit.
 
     Attributes:
-        task: "generate" or "epoch".
+        task: "generate", "epoch" (of the classifier) or "together" (an epoch of a generator that clients train together).
         threads: Of torch.
         limit_mb: Most private memory, in MiB; 0: no limit.
         seconds: Of the task itself, on the clock; None if it failed.
@@ -64,7 +66,7 @@ class Measurement:
 def bench_generator(
     config: RunConfig, *, num_images: int, epoch_images: int, threads: int, out: Path | None = None, tell: bool = True
 ) -> list[Measurement]:
-    """Measure both tasks with `threads` threads, then with one thread and 2 and 1 GiB of memory; print a table.
+    """Measure all tasks with `threads` threads, then with one thread and 2 and 1 GiB of memory; print a table.
 
     Args:
         config: Which generator, data, model and precision.
@@ -82,7 +84,7 @@ def bench_generator(
     parts = load_parts(config.data)
     found = []
     for count, limit in ((threads, 0), *((1, limit) for limit in _SMALL_BOARDS_MB)):
-        for task, number in (("generate", num_images), ("epoch", epoch_images)):
+        for task, number in (("generate", num_images), ("epoch", epoch_images), ("together", epoch_images)):
             one = measure(config, parts, task=task, number=number, threads=count, limit_mb=limit)
             if one.problem and not limit:
                 raise RunFailed(f"bench: {task} failed: {one.problem}")
@@ -107,7 +109,7 @@ def measure(config: RunConfig, parts: DataParts, *, task: str, number: int, thre
     """Run one task in a process of its own, which is given the images that the task needs: a client has no whole data set."""
     nothing = parts.test.take(torch.zeros(0, dtype=torch.int64))
     needed = replace(parts, test=nothing, validation=nothing, private=nothing)
-    if task == "epoch":
+    if task != "generate":
         pool = concatenate(parts.public, parts.private)
         needed = replace(needed, public=nothing, private=pool.take(torch.arange(number) % len(pool)))
     with tempfile.TemporaryDirectory(prefix="fbl-bench-") as folder:
@@ -140,14 +142,15 @@ def measure(config: RunConfig, parts: DataParts, *, task: str, number: int, thre
 def as_markdown(found: Sequence[Measurement], *, num_images: int, epoch_images: int) -> str:
     """Return a table with a row for each setting of threads and memory."""
     rows = [
-        f"| threads | memory limit | {num_images} images | peak memory | one epoch of {epoch_images} images | peak memory | ratio |",
-        "|---|---|---|---|---|---|---|",
+        f"| threads | memory limit | {num_images} images | peak memory | one epoch of {epoch_images} images | peak memory | ratio "
+        "| one epoch of a federated generator | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for made, trained in zip(found[::2], found[1::2], strict=True):
+    for made, trained, together in zip(found[::3], found[1::3], found[2::3], strict=True):
         limit = f"{made.limit_mb / 1024:g} GiB" if made.limit_mb else "none"
         both = made.seconds is not None and trained.seconds is not None
         ratio = f"{(made.seconds or 0) / (trained.seconds or 1):.2f}" if both else ""
-        cells = [str(made.threads), limit, *_cells(made), *_cells(trained), ratio]
+        cells = [str(made.threads), limit, *_cells(made), *_cells(trained), ratio, *_cells(together)]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -188,6 +191,20 @@ def _run_job(job: dict[str, Any]) -> dict[str, Any]:
         loaded = time.perf_counter()
         labels = [place % parts.info.num_classes for place in range(number)]
         generator.generate(labels, [derive(config.seed, "bench", place) for place in range(number)])
+    elif job["task"] == "together":
+        arrays = initial_arrays(parts.info, parts.image_size, seed=config.seed)
+        settings = replace(config.federated_generator, epochs=1)
+
+        def train(images: Examples) -> None:
+            stream = local_stream(config.seed, 0, 1)
+            device, precision = pick_device(config).type, config.train.precision
+            train_locally(
+                arrays, images, parts.info, settings, server_round=1, stream=stream, device=device, precision=precision
+            )
+
+        train(parts.private.take(torch.arange(min(number, settings.batch_size))))
+        loaded = time.perf_counter()
+        train(parts.private)
     else:
         first = parts.private.take(torch.arange(min(number, config.train.batch_size)))
         train_centrally(config, parts, first, epochs=1, seed=config.seed)  # imports, and what is set up once
