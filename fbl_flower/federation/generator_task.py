@@ -14,11 +14,12 @@ from fbl_flower.config import RunConfig
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.errors import RunFailed
 from fbl_flower.federation.attendance import Attendance
+from fbl_flower.federation.gate import Expected
 from fbl_flower.federation.rounds import Round, choose_clients
-from fbl_flower.federation.wire import TRAIN_GENERATOR, Reply, Request, array_record
+from fbl_flower.federation.wire import TRAIN_GENERATOR, Request, array_record
 from fbl_flower.generation.federated import CLASS_CODES, initial_arrays, write_federated
 from fbl_flower.methods.server_step import AVERAGE, next_average
-from fbl_flower.params import all_finite, weighted_mean
+from fbl_flower.params import all_finite, capped, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 
 
@@ -79,8 +80,8 @@ class GeneratorTask:
             for client in chosen
         }
 
-    def objection(self, reply: Reply, client: int, point: Checkpoint) -> str:
-        return ""
+    def expected(self, client: int, point: Checkpoint) -> Expected:
+        return Expected(arrays=point.arrays, precision=self._config.transport.precision, counts_real=True)
 
     def advance(self, point: Checkpoint, result: Round, server_round: int) -> Checkpoint:
         sizes = {client: reply.num_real for client, reply in result.replies.items()}
@@ -88,7 +89,8 @@ class GeneratorTask:
         arrays = point.arrays
         if any(sizes.values()):
             replies = [reply.arrays for reply in result.replies.values()]
-            arrays = weighted_mean(replies, [float(size) for size in sizes.values()])
+            weights = capped(list(sizes.values()), largest_share=self._config.aggregation.largest_share)
+            arrays = weighted_mean(replies, [float(weight) for weight in weights])
             arrays[CLASS_CODES] = point.arrays[CLASS_CODES]  # which no client may move
         if not all_finite(arrays):
             raise RunFailed(

@@ -12,7 +12,7 @@ from fbl_flower.federation.method_rounds import update_of
 from fbl_flower.federation.wire import Reply
 from fbl_flower.methods.server import corrected, model_to_average, next_state
 from fbl_flower.methods.server_step import AVERAGE, next_average, server_step
-from fbl_flower.params import weighted_mean
+from fbl_flower.params import capped, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint
 from fbl_flower.training.roles import Role
 
@@ -30,7 +30,7 @@ def next_point(
 ) -> Checkpoint:
     """Return the state of the run after a round: the mean of the clients' models, then what the server makes of it.
 
-    The mean is weighted as `aggregation.weight-by` says. Clients without images weigh nothing.
+    The mean is weighted as `aggregation.weight-by` says, up to `aggregation.largest-share`. Clients without images weigh nothing.
 
     Args:
         point: Before the round.
@@ -43,6 +43,7 @@ def next_point(
     by = config.aggregation.weight_by
     sizes = [r.num_real if by == "real" else r.num_examples for r in replies.values()]
     weights = [float(size > 0 if by == "equal" else size) for size in sizes]
+    weights = capped(weights, largest_share=config.aggregation.largest_share)
     if sum(weights) == 0:  # only clients without images: nothing was learned
         return replace(point, server_round=server_round)
     embeddings = point.embeddings
