@@ -17,6 +17,7 @@ from fbl_flower.federation.gate import one_line
 
 AWAY = "its node is not connected"
 _FIRST_PAUSE, _LAST_PAUSE = 0.05, 1.0  # seconds between two looks for replies; a deployment's looks are HTTP requests
+_LONGEST_ERROR = 10_000  # characters of a client's error that are looked at
 T = TypeVar("T")
 
 
@@ -115,6 +116,6 @@ def _reason(error: Error, timeout: float) -> str:
             return AWAY
         case ErrorCode.CLIENT_APP_CRASHED:
             return "its process ended without an answer"
-    text = one_line(error.reason or f"error {error.code}")
+    text = " ".join((error.reason or f"error {error.code}")[:_LONGEST_ERROR].split())
     start = text.find(":<'")
-    return text[start + 3 : -2] if text.startswith("<class") and start >= 0 and text.endswith("'>") else text
+    return one_line(text[start + 3 : -2] if text.startswith("<class") and start >= 0 and text.endswith("'>") else text)

@@ -25,7 +25,7 @@ LONGEST_TEXT = 64  # of a name, a capability, a method
 LONGEST_REASON = 280
 ANOTHER_APP = "it did not describe itself as an FBL client"
 NOT_FINITE = "its model or its loss is not finite"
-DIVERGED = f"its training has diverged: its model or its loss has a value beyond {LARGEST_VALUE:g} or {LARGEST_NUMBER:g}"
+DIVERGED = "its training has diverged: a value of its model, or its loss, is beyond all bounds"
 COUNTS = f"a whole number of its answer is not from 0 to {LARGEST_NUMBER}"
 _CODE = re.compile(r"[0-9a-f]{64}")
 _NUMBERS = frozenset({"num-examples", "num-real", "train-loss", "seconds", "forgot", "other-generator"})
@@ -47,6 +47,7 @@ class Expected:
         embeddings: The averaged alignment vectors, where that setting is on: the client may send some of the same shape.
         extras: By method, arrays of the names, shapes and dtypes that the client has to send.
         counts_real: Whether `num-examples` is the number of real images (`aggregation.weight-by`).
+        largest: No value of an array is beyond it.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -54,6 +55,7 @@ class Expected:
     embeddings: np.ndarray | None = None
     extras: Mapping[str, Arrays] = field(default_factory=dict)
     counts_real: bool = False
+    largest: float = LARGEST_VALUE
 
 
 def read_description(content: RecordDict) -> NodeDescription | str:
@@ -86,7 +88,7 @@ def read_reply(content: RecordDict, expected: Expected) -> Reply | str:
         _check_records(content, expected)
         reply = Reply.from_record(content)
         reply = replace(reply, arrays=restore(reply.arrays, expected.arrays, precision=expected.precision))
-        _check_values(reply)
+        _check_values(reply, largest=expected.largest)
     except _RefusedError as refused:
         return str(refused)
     return reply
@@ -136,7 +138,7 @@ def _check_arrays(record: ArrayRecord, expected: Mapping[str, tuple[np.dtype, tu
             raise _RefusedError(f"{problem}: expected {one_line(name, LONGEST_TEXT)} as {dtype} of shape {list(shape)}")
 
 
-def _check_values(reply: Reply) -> None:
+def _check_values(reply: Reply, *, largest: float) -> None:
     """Check numbers and values, all of which have the expected types."""
     numbers = np.array([reply.loss, reply.seconds])
     parts = [reply.arrays, {} if reply.embeddings is None else {"P": reply.embeddings}, *reply.extras.values()]
@@ -144,7 +146,7 @@ def _check_values(reply: Reply) -> None:
     counts = [array for array in arrays if not np.issubdtype(array.dtype, np.floating)]
     _expect(all(_within(array, 0, LARGEST_NUMBER) for array in counts), COUNTS)
     values = [array for array in arrays if np.issubdtype(array.dtype, np.floating)]
-    if all(_within(array, -LARGEST_VALUE, LARGEST_VALUE) for array in values) and _within(numbers, -1, LARGEST_NUMBER):
+    if all(_within(array, -largest, largest) for array in values) and _within(numbers, -1, LARGEST_NUMBER):
         return
     raise _RefusedError(DIVERGED if all(np.isfinite(array).all() for array in (numbers, *values)) else NOT_FINITE)
 

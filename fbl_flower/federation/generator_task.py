@@ -22,6 +22,10 @@ from fbl_flower.methods.server_step import AVERAGE, next_average
 from fbl_flower.params import all_finite, capped, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 
+_LARGEST_WEIGHT = (
+    1e4  # AdamW moves a weight by about its learning rate a step; nobody measures the generator between the rounds
+)
+
 
 class GeneratorTask:
     """The task of these rounds (`rounds.Task`): FedAvg on the generator's weights, and their average over rounds.
@@ -81,7 +85,8 @@ class GeneratorTask:
         }
 
     def expected(self, client: int, point: Checkpoint) -> Expected:
-        return Expected(arrays=point.arrays, precision=self._config.transport.precision, counts_real=True)
+        precision = self._config.transport.precision
+        return Expected(arrays=point.arrays, precision=precision, counts_real=True, largest=_LARGEST_WEIGHT)
 
     def advance(self, point: Checkpoint, result: Round, server_round: int) -> Checkpoint:
         sizes = {client: reply.num_real for client, reply in result.replies.items()}
