@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 from helpers import quick
 from hostile import RawAnswer, WireGrid, hostile_answers, raw_answer
 from hypothesis import HealthCheck, given, settings
@@ -51,7 +52,7 @@ def describe(node: int, **other: Any) -> NodeDescription:
 class Step:
     """One task of a run with three nodes that can be asked for its first round again and again."""
 
-    def __init__(self, tmp_path: Path, *, generator: bool = False, examples: int = 160, **overrides: Any) -> None:
+    def __init__(self, tmp_path: Path, *, generator: bool = False, examples: int = 110, **overrides: Any) -> None:
         self.examples = examples
         shared = {"num_clients": 3, "fraction_train": 1.0, "num_server_rounds": 1, "checkpoint_every": 1, "timeout": 0.1}
         self.config = config = parse_config(quick(tmp_path, **shared | overrides))
@@ -307,10 +308,17 @@ def test_a_model_that_alone_spoils_the_mean_costs_its_client_the_round(tmp_path:
     assert "moved more than 100 times as far as others" in step.outcome(hostile)
 
 
-def test_a_forged_error_text_is_one_line_in_log_and_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from flwr.app import Error
-    from flwr.clientapp import ClientApp
+@pytest.mark.parametrize(
+    ("text", "reason"), [("\t", "error 2"), ("<class 'E'>:<' '>", "error 2"), ("<class 'E'>:<'no'>", "no")]
+)
+def test_an_error_without_words_is_named_by_its_number(text: str, reason: str) -> None:
+    grid = WireGrid([1])
+    grid.answer = lambda *_: RawAnswer({}, error=Error(2, text))
+    answers = ask(grid, {0: (1, RecordDict())}, "train", read=lambda _, c: [c], timeout=1)
+    assert answers.failures == {0: reason}
 
+
+def test_a_forged_error_text_is_one_line_in_log_and_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     app = ClientApp()
     app.query("describe")(client.describe)
     app.train("prepare")(client.prepare)

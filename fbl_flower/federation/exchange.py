@@ -116,6 +116,7 @@ def _reason(error: Error, timeout: float) -> str:
             return AWAY
         case ErrorCode.CLIENT_APP_CRASHED:
             return "its process ended without an answer"
-    text = " ".join((error.reason or f"error {error.code}")[:_LONGEST_ERROR].split())
+    text = " ".join((error.reason or "")[:_LONGEST_ERROR].split())
     start = text.find(":<'")
-    return one_line(text[start + 3 : -2] if text.startswith("<class") and start >= 0 and text.endswith("'>") else text)
+    inner = text[start + 3 : -2] if text.startswith("<class") and start >= 0 and text.endswith("'>") else text
+    return one_line(inner) or f"error {error.code}"
