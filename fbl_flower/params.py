@@ -49,3 +49,20 @@ def weighted_mean(parts: Sequence[Mapping[str, np.ndarray]], weights: Sequence[f
             np.rint(accumulated) if whole else accumulated, dtype=like.dtype
         )  # of one number NumPy makes a scalar
     return mean
+
+
+def capped(weights: Sequence[float], *, largest_share: float) -> list[float]:
+    """Return weights of which none is more than `largest_share` of their sum: larger ones are cut to one common height.
+
+    Where the share is too small for so few weights, those that are not zero become equal. With 1 nothing changes.
+    """
+    if largest_share >= 1.0:
+        return list(weights)
+    above = sorted((weight for weight in weights if weight > 0), reverse=True)
+    if largest_share * len(above) <= 1.0:
+        return [float(weight > 0) for weight in weights]
+    number, height = 0, largest_share * sum(above)  # how many are cut, and to what
+    while number < len(above) - 1 and above[number] > height:
+        number += 1
+        height = largest_share * sum(above[number:]) / (1 - number * largest_share)
+    return [min(weight, height) for weight in weights]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,6 @@ def test_the_table_names_nodes_and_why_a_client_is_not_prepared(tmp_path: Path, 
 
 
 def test_a_node_that_comes_late_and_states_something_unknown_is_refused(tmp_path: Path) -> None:
-    """Those that are there from the start are refused by the roll call, with the whole run (test_mixed.py)."""
     rows, table = federate(
         tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 1 else set()), {4: {"capability": "strong"}}, prepare__timeout=4.0
     )
@@ -195,9 +195,37 @@ def test_a_client_is_not_trained_by_a_node_that_does_not_host_it(tmp_path: Path)
     assert rows[2]["left_out"]["1"].startswith("this node does not host client 1: it is partition 2 of 4")
 
 
-def test_nodes_that_differ_in_how_many_there_are_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match=r"different num-partitions \(node 0: 4, node 1: 4, node 2: 4, node 3: 5\)"):
-        federate(tmp_path, lambda _: {1, 2, 3, 4}, {4: {"num-partitions": 5}}, prepare__timeout=4.0)
+def test_the_number_of_nodes_is_what_most_of_them_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A node that claims to be one of a million makes nobody wait for the others; as many against as many end the run."""
+    started = time.monotonic()
+    rows, table = federate(
+        tmp_path / "a", lambda _: {1, 2, 3, 4}, {1: {"num-partitions": 10**6, "name": "liar"}}, prepare__timeout=600.0
+    )
+    assert [row["clients"] for row in rows] == [[1, 2, 3]] * 4 and time.monotonic() - started < 300
+    assert (
+        "Node liar is refused: its num-partitions is 1000000, and not 4; give all nodes the number of nodes" in caplog.messages
+    )
+    assert len(table["nodes"]) == 4
+    others = {node: {"num-partitions": 5} for node in (3, 4)}
+    with pytest.raises(RunFailed, match=r"different num-partitions \(node-0: 4, node-1: 4, node-2: 5, node-3: 5\)"):
+        federate(tmp_path / "b", lambda _: {1, 2, 3, 4}, others, prepare__timeout=2.0)
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"partition-id": 1}, "Node node-1 is refused: its partition-id, 1, is that of node-1; give it its own"),
+        ({"partition-id": 4}, "Node 4 did not say who it is: partition-id: expected a whole number from 0 to 3"),
+        ({"num-partitions": 10**9}, "Node 4 did not say who it is: num-partitions: expected a whole number from 1 to 1000000"),
+        ({"capability": "strong"}, "Node node-3 is refused: capability: got 'strong'; allowed in a node's --node-config"),
+    ],
+)
+def test_a_node_with_a_wrong_place_is_refused_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lie: dict[str, Any], reason: str
+) -> None:
+    rows, _ = federate(tmp_path, lambda _: {1, 2, 3, 4}, {4: lie}, num_server_rounds=1)
+    assert [row["clients"] for row in rows] == [[0, 1, 2]]
+    assert any(message.startswith(reason) for message in caplog.messages)
 
 
 def test_a_run_goes_on_where_the_only_client_that_is_drawn_is_not_prepared(
@@ -221,7 +249,7 @@ def test_a_newcomer_with_other_code_is_refused_and_the_run_goes_on(tmp_path: Pat
     def describe(context: Context) -> NodeDescription:
         place = int(str(context.node_config["partition-id"]))
         own = server.call_roll.__globals__["code_fingerprint"]()
-        return NodeDescription(partition_id=place, num_partitions=4, code="other" if place == 3 else own, name=f"n{place}")
+        return NodeDescription(partition_id=place, num_partitions=4, code="0" * 64 if place == 3 else own, name=f"n{place}")
 
     monkeypatch.setattr(client, "describe_node", describe)
     rows, table = federate(tmp_path, lambda done: {1, 2, 3} | ({4} if done >= 1 else set()), prepare__timeout=4.0)

@@ -39,7 +39,7 @@ from fbl_flower.commands.deploy.keys import make_keys
 from fbl_flower.commands.deploy.processes import node_config_text
 from fbl_flower.commands.overrides import chosen_config
 from fbl_flower.errors import ConfigError, RunFailed
-from fbl_flower.federation.exchange import is_simulated
+from fbl_flower.federation.arrival import is_simulated
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "deployment.md"

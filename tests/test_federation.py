@@ -263,8 +263,10 @@ def test_an_answer_that_cannot_be_used_costs_the_client_its_round_and_nobody_els
     row = json.loads(metrics(run_dir).splitlines()[-1])
     assert row["clients"] == [0]
     assert row["left_out"] == {
-        "1": "its model has other arrays than the global one", "2": "its answer cannot be read", "3": "its answer cannot be read",
-    }  # fmt: skip
+        "1": "its model has other arrays than the global one: expected head.bias as float32 of shape [10]",
+        "2": "its answer cannot be read: arrays is no ArrayRecord",
+        "3": "its answer cannot be read: expected the records arrays, metrics",
+    }
 
 
 def test_a_round_without_success_fails_the_run_with_the_reasons(tmp_path: Path) -> None:
@@ -301,10 +303,10 @@ def test_a_client_that_does_not_answer_is_left_out(tmp_path: Path) -> None:
 
 
 def test_nodes_that_run_other_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fbl_flower.federation.node.code_fingerprint", lambda: "another checkout")
-    with pytest.raises(RunFailed, match="runs other code than the server.*superlink stop"):
+    monkeypatch.setattr("fbl_flower.federation.node.code_fingerprint", lambda: "0" * 64)
+    with pytest.raises(RunFailed, match="every node is refused: it runs other code than the server.*superlink stop"):
         run_local(quick(tmp_path))
-    with pytest.raises(RunFailed, match="did not describe themselves as FBL clients"):
+    with pytest.raises(RunFailed, match="none of 4 nodes described itself as an FBL client: .*superlink stop"):
         _federate(tmp_path, ClientApp())
 
 
@@ -394,8 +396,10 @@ def test_ask_reports_each_answer_and_keeps_order() -> None:
     seen: list[tuple[int, int]] = []
     with LocalGrid(app, num_nodes=3, run_config={}) as grid:
         requests = {node: (node, RecordDict()) for node in (1, 2, 3)}
-        answers = ask(grid, requests, "query.describe", timeout=10, progress=lambda a, b: seen.append((a, b)))
-    assert list(answers.contents) == [1, 3] and answers.failures == {2: "no"}
+        answers = ask(
+            grid, requests, "query.describe", read=lambda _, c: [c], timeout=10, progress=lambda a, b: seen.append((a, b))
+        )
+    assert list(answers.values) == [1, 3] and answers.failures == {2: "no"}
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -412,10 +416,10 @@ def test_what_nobody_waits_for_any_more_is_not_worked_on() -> None:
 
     requests = {node: (node, RecordDict()) for node in (1, 2, 3)}
     with LocalGrid(app, num_nodes=3, run_config={}) as grid:
-        first = ask(grid, requests, "query.describe", timeout=0.5)
-        assert first.contents == {} and set(first.failures.values()) == {"no answer within 0.5 s"}
+        first = ask(grid, requests, "query.describe", read=lambda _, c: [c], timeout=0.5)
+        assert first.values == {} and set(first.failures.values()) == {"no answer within 0.5 s"}
         slow.set()
-        assert list(ask(grid, requests, "query.describe", timeout=30).contents) == [1, 2, 3]
+        assert list(ask(grid, requests, "query.describe", read=lambda _, c: [c], timeout=30).values) == [1, 2, 3]
     assert worked == [0, 0, 1, 2]
 
 

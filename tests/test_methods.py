@@ -29,7 +29,7 @@ from fbl_flower.methods.fedgen import LABEL_COUNTS, LABEL_PRIOR, FedGen
 from fbl_flower.methods.fedprox import FedProx
 from fbl_flower.methods.moon import Moon
 from fbl_flower.methods.scaffold import Scaffold, first_variate, next_variate, scaled_update
-from fbl_flower.methods.server import Update, lacks_arrays, next_state, with_clients
+from fbl_flower.methods.server import Update, arrays_to_send, next_state, with_clients
 from fbl_flower.models import Classifier
 from fbl_flower.params import Arrays, to_arrays, to_state, weighted_mean
 from fbl_flower.seeding import torch_stream
@@ -369,16 +369,12 @@ def test_the_diversity_loss_spreads_the_features_of_a_label() -> None:
 # What the server does with what is sent
 
 
-def test_a_reply_that_lacks_its_methods_arrays_is_noticed() -> None:
-    state = {"scaffold": variates(0.0)}
-    model = to_arrays(linear(1, 1).state_dict())
-    assert not lacks_arrays(Update(method="scaffold", arrays=model, extra=variates(1.0)), state)
-    assert lacks_arrays(Update(method="scaffold", arrays=model, extra={}), state)
-    assert lacks_arrays(Update(method="scaffold", arrays=model, extra=variates(1.0) | {"head.bias": np.zeros(2)}), state)
-    assert not lacks_arrays(Update(method="fedgen", arrays=model, extra={LABEL_COUNTS: np.array([4])}), state)
-    assert lacks_arrays(Update(method="fedgen", arrays=model, extra={LABEL_COUNTS: np.array([-4])}), state)
-    assert lacks_arrays(Update(method="fedgen", arrays=model, extra={}), state)
-    assert not lacks_arrays(Update(method="moon", arrays=model, extra={}), {})
+def test_what_a_client_of_each_method_has_to_send() -> None:
+    state, model = {"scaffold": variates(0.0)}, to_arrays(linear(1, 1).state_dict())
+    assert arrays_to_send("scaffold", state, model) is state["scaffold"]
+    (counts,) = arrays_to_send("fedgen", {}, model).values()
+    assert counts.shape == (1,) and counts.dtype == np.int64
+    assert arrays_to_send("moon", {}, model) == {}
 
 
 def test_the_servers_variate_is_the_mean_over_all_clients_however_many_there_are() -> None:

@@ -262,11 +262,13 @@ def test_a_node_states_its_own_capability_and_method(tmp_path: Path) -> None:
     assert states == {"client-0000", "client-0001", "client-0003"}  # client 2 balances nothing and remembers nothing
 
 
-def test_nodes_that_state_something_unknown_are_named_before_training(tmp_path: Path) -> None:
-    settings = quick(tmp_path, data__num_private=120)
+def test_nodes_that_state_something_unknown_are_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = quick(tmp_path, data__num_private=120, num_server_rounds=1, fraction_train=1.0)
+    run_dir, _ = federate(settings, {1: {"capability": "strong"}, 3: {"method": "adam"}})
+    assert json.loads(metrics(run_dir).splitlines()[-1])["clients"] == [0, 2]
+    strong = "capability: got 'strong'; allowed in a node's --node-config: full | rich | none"
+    assert f"Node node-1 is refused: {strong}" in caplog.messages
+    assert any(message.startswith("Node node-3 is refused: method: got 'adam'; allowed") for message in caplog.messages)
     with pytest.raises(RunFailed) as caught:
-        federate(settings, {1: {"capability": "strong"}, 3: {"method": "adam"}})
-    assert str(caught.value) == (
-        "nothing was trained; node 1: capability: got 'strong'; allowed in a node's --node-config: full | rich | none; "
-        "node 3: method: got 'adam'; allowed in a node's --node-config: " + " | ".join(METHODS)
-    )
+        federate(settings, {node: {"capability": "strong"} for node in range(4)})
+    assert str(caught.value) == "nothing was trained; " + "; ".join(f"node-{node}: {strong}" for node in range(4))

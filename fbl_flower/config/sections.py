@@ -232,6 +232,12 @@ class AggregationConfig:
         "size of the balanced set, number of real images, or all clients alike",
         choices=("balanced", "real", "equal"),
     )
+    largest_share: float = option(
+        1.0,
+        "largest share of a round's weight that one client may have, whatever size it states; the others get what is cut off; 1: any",
+        above=0.0,
+        high=1.0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

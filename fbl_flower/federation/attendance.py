@@ -13,11 +13,12 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fbl_flower.errors import RunFailed
+from fbl_flower.federation.arrival import SMALL_ANSWER, Arrivals
 from fbl_flower.federation.exchange import AWAY
-from fbl_flower.federation.roster import Member, Roster
-from fbl_flower.federation.wire import DESCRIBE, NodeDescription, code_fingerprint
+from fbl_flower.federation.gate import read_description
+from fbl_flower.federation.roster import Member, Roster, objection
+from fbl_flower.federation.wire import DESCRIBE, NodeDescription
 from fbl_flower.reporting.rundir import RunDirectory
-from fbl_flower.training.roles import stated_problems
 
 _PATIENCE = 30.0  # seconds that a round's start waits for a new node to say who it is; after that it may say so during a round
 _PAUSE = 0.5
@@ -60,6 +61,7 @@ class Attendance:
 
     def __init__(self, grid: Grid, run: RunDirectory, roster: Roster) -> None:
         self._grid, self._run, self.roster = grid, run, roster
+        self._arrivals = Arrivals(grid)
         self.title = "Round"
         self._connected = {member.node for member in roster.members.values()}
         self._known = set(self._connected)  # nodes that said who they are, or are about to
@@ -120,7 +122,12 @@ class Attendance:
 
     def rows(self) -> list[NodeRow]:
         """Return the table, by partition."""
-        return [self._row(place) for place in range(self.roster.num_partitions)]
+        roster = self.roster
+        places = {
+            *range(min(roster.num_partitions, roster.num_clients)),
+            *roster.members,
+        }  # others host nobody and have not come
+        return [self._row(place) for place in sorted(places)]
 
     def renew(self, server_round: int, *, timeout: float) -> None:
         """Look who is connected, take in new nodes, and wait up to `timeout` seconds as long as no client is there.
@@ -164,24 +171,29 @@ class Attendance:
         deadline = time.monotonic() + (patience if newcomers - self._waited_for else 0.0)
         self._waited_for |= newcomers
         while self._asked:
-            for reply in list(self._grid.pull_messages(list(self._asked))):
-                node = self._asked.pop(reply.metadata.reply_to_message_id)
-                if reply.has_error() or "node" not in reply.content:
+            for message_id, answer in self._arrivals.of(dict.fromkeys(self._asked, SMALL_ANSWER)):
+                node = self._asked.pop(message_id)
+                if isinstance(answer, str) or answer.has_error():
                     self._known.discard(node)  # to be asked again
+                elif isinstance(description := read_description(answer.content), str):
+                    self._refuse(node, f"node {node}", description, server_round)
                 else:
-                    self._admit(node, NodeDescription.from_record(reply.content), server_round)
+                    self._admit(node, description, server_round)
             if not self._asked or time.monotonic() >= deadline:
                 break
             time.sleep(_PAUSE)
 
+    def _refuse(self, node: int, name: str, reason: str, server_round: int) -> None:
+        if self._refused.get(node) != reason:
+            log(WARNING, "%s %d: %s is refused: %s", self.title, server_round, name, reason)
+            self._refused[node] = reason
+        self._known.discard(node)  # to be asked again: what keeps it out may end
+
     def _admit(self, node: int, description: NodeDescription, server_round: int) -> None:
         """Give a node the place that it asks for, or none."""
         others = {place: member for place, member in self.roster.members.items() if member.node != node}
-        if objection := self._objection(node, description):
-            if self._refused.get(node) != objection:
-                log(WARNING, "%s %d: node %s is refused: %s", self.title, server_round, description.name, objection)
-                self._refused[node] = objection
-            self._known.discard(node)  # to be asked again: what keeps it out may end
+        if problem := self._objection(node, description):
+            self._refuse(node, f"node {description.name}", problem, server_round)
             self.roster = replace(self.roster, members=others)
             return
         self._refused.pop(node, None)
@@ -194,12 +206,8 @@ class Attendance:
 
     def _objection(self, node: int, description: NodeDescription) -> str:
         place, roster = description.partition_id, self.roster
-        if description.code != code_fingerprint() or description.num_partitions != roster.num_partitions:
-            return f"it runs other code than the server, or has another num-partitions than {roster.num_partitions}"
-        if not 0 <= place < roster.num_partitions:
-            return f"its partition-id is {place}"
-        if problems := stated_problems(description.capability, description.method):
-            return "; ".join(problems)
+        if problem := objection(description, num_partitions=roster.num_partitions):
+            return problem
         # A node that restarted without a key of its own has a new id and its old name, and its old id seems connected for up to a minute.
         holder = roster.members.get(place)
         if holder and holder.node != node and holder.node in self._connected and holder.description.name != description.name:

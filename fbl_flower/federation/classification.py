@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any
@@ -20,16 +20,18 @@ from fbl_flower.device import pick_device
 from fbl_flower.errors import RunFailed
 from fbl_flower.federation.attendance import Attendance
 from fbl_flower.federation.cost import Traffic
+from fbl_flower.federation.gate import Expected
 from fbl_flower.federation.generator_supply import GeneratorSupply
 from fbl_flower.federation.global_model import next_point, with_average
-from fbl_flower.federation.method_rounds import announce, packed_state, roles_of, update_of
+from fbl_flower.federation.method_rounds import announce, packed_state, roles_of
 from fbl_flower.federation.privacy import PrivacyLedger
 from fbl_flower.federation.rounds import Round, choose_clients
+from fbl_flower.federation.usable import is_finite, loss_problem, spoilers
 from fbl_flower.federation.wire import TRAIN, Reply, Request, array_record
-from fbl_flower.methods.server import lacks_arrays, with_clients
+from fbl_flower.methods.server import arrays_to_send, with_clients
 from fbl_flower.methods.server_step import AVERAGE
 from fbl_flower.models import as_received, empty_classifier, fitted, new_classifier
-from fbl_flower.params import Arrays, all_finite, to_arrays
+from fbl_flower.params import Arrays, to_arrays
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 from fbl_flower.training.central import warm_start_model
 from fbl_flower.training.evaluation import Evaluation, evaluate
@@ -37,7 +39,6 @@ from fbl_flower.training.roles import Role
 from fbl_flower.training.round import load_classifier
 from fbl_flower.training.server_tuning import tune
 
-_DIVERGED = 1e9  # a loss that no classifier has that learns
 _HOW_TO_CONVERGE = "the training has diverged. Lower train.learning-rate (or the server's)."
 
 
@@ -74,6 +75,8 @@ class Classification:
         self._supply, self._ledger = supply, PrivacyLedger(config, run_dir)
         self._device = pick_device(config)
         self._network = fitted(config.model, image_size=parts.image_size, device=self._device)
+        self._evaluated: list[tuple[Arrays, Evaluation]] = []  # models of this round; nobody changes them
+        self._evaluate_seconds = 0.0
         self._last_round: dict[int, int] = {}  # the last round in which a client succeeded
         for row in run_dir.read_rows("metrics.jsonl"):
             self._last_round |= dict.fromkeys(row.get("clients", ()), row["round"])
@@ -128,27 +131,31 @@ class Classification:
             for client in chosen
         }
 
-    def objection(self, reply: Reply, client: int, point: Checkpoint) -> str:
-        update = update_of(reply, self._roles[client])
-        if self._config.privacy.clip_norm and update.method in NOT_PRIVATE:
-            return f"its method, {update.method}, does not work with privacy.clip-norm"
-        if lacks_arrays(update, point.method_state):
-            return f"it did not send the arrays of its method, {update.method}"
-        return ""
+    def expected(self, client: int, point: Checkpoint) -> Expected:
+        method = self._roles[client].method
+        extra = arrays_to_send(method, point.method_state, point.arrays)
+        refusal = ""
+        if self._config.privacy.clip_norm and method in NOT_PRIVATE:
+            refusal = f"its method, {method}, does not work with privacy.clip-norm"
+        return Expected(
+            arrays=point.arrays,
+            precision=self._config.transport.precision,
+            embeddings=point.embeddings,
+            extras={method: extra} if extra else {},
+            counts_real=self._config.aggregation.weight_by != "balanced",
+            refusal=refusal,
+        )
 
     def advance(self, point: Checkpoint, result: Round, server_round: int) -> Checkpoint:
         config = self._config
+        self._ledger.add(result.chosen)
+        untuned, result = self._next_usable(point, result, server_round)
         for client, reply in result.replies.items():
             self._tell(client, reply, server_round)
         self._attendance.prepared(result.replies, {})
         self._supply.delivered(result.replies)
         self._supply.lost(result.failures)
         self._last_round |= dict.fromkeys(result.replies, server_round)
-        self._ledger.add(result.chosen)
-        untuned = next_point(
-            point, result.replies, self._roles, config=config, server_round=server_round, parameters=self._parameters
-        )
-        check_finite(untuned)
         self.tuned, tuning_seconds = self.tune(untuned)
         goes_on = replace(untuned, arrays=self.tuned) if self.tuned and config.server_tuning.every else untuned
         point = with_average(goes_on, config)
@@ -165,6 +172,34 @@ class Classification:
             return None, 0.0
         tuned = tune(point.arrays, config, self._parts, server_round=point.server_round)
         return tuned, time.perf_counter() - started
+
+    def _next_usable(self, point: Checkpoint, result: Round, server_round: int) -> tuple[Checkpoint, Round]:
+        """Return the state after the round and the round, without the clients that alone make the new model unusable (`spoilers`)."""
+
+        def after(replies: Mapping[int, Reply]) -> Checkpoint:
+            return next_point(
+                point, replies, self._roles, config=self._config, server_round=server_round, parameters=self._parameters
+            )
+
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is checked
+            untuned = after(result.replies)
+            if not self._problem(untuned):
+                return untuned, result
+            if self._config.privacy.clip_norm:  # no update is large
+                raise RunFailed(f"round {server_round}: {self._problem(untuned)}: {_HOW_TO_CONVERGE}")
+            found = spoilers(result.replies, point.arrays, lambda arrays: not self._problem(replace(point, arrays=arrays)))
+            others = {client: reply for client, reply in result.replies.items() if client not in found}
+            if found and others and not self._problem(better := after(others)):
+                for client, reason in found.items():
+                    log(WARNING, "Round %d: client %d is left out: %s", server_round, client, reason)
+                return better, replace(result, replies=others, failures=dict(sorted((result.failures | found).items())))
+        raise RunFailed(f"round {server_round}: {self._problem(untuned)}: {_HOW_TO_CONVERGE}")
+
+    def _problem(self, point: Checkpoint) -> str:
+        """Say why a state cannot be gone on from; empty: it can."""
+        if not is_finite(point):
+            return "the new global model, or what the server keeps for a method, is not finite"
+        return loss_problem(self._evaluate(point.arrays).loss)
 
     def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         info = self._parts.info
@@ -195,15 +230,14 @@ class Classification:
 
         `accuracy` is of the tuned model where there is one, else of the point's.
         """
-        started = time.perf_counter()
-        check_finite(point)
+        if not is_finite(point):
+            raise RunFailed(f"round {point.server_round}: the global model is not finite: {_HOW_TO_CONVERGE}")
         evaluation = self._evaluate(tuned or point.arrays)
         others = {"averaged": point.method_state.get(AVERAGE), "untuned": untuned if tuned is not None else None}
         scores = {kind: self._evaluate(arrays) for kind, arrays in others.items() if arrays is not None}
         worst = max([evaluation.loss, *(score.loss for score in scores.values())], key=lambda loss: (math.isnan(loss), loss))
-        if not worst < _DIVERGED:
-            found = f"{worst:.3g}" if math.isfinite(worst) else "not finite"
-            raise RunFailed(f"round {point.server_round}: the loss is {found}: {_HOW_TO_CONVERGE}")
+        if problem := loss_problem(worst):
+            raise RunFailed(f"round {point.server_round}: {problem}: {_HOW_TO_CONVERGE}")
         row: dict[str, Any] = {"round": point.server_round, "accuracy": evaluation.accuracy, "loss": evaluation.loss}
         for kind, score in scores.items():
             row |= {f"{kind}_accuracy": score.accuracy, f"{kind}_loss": score.loss}
@@ -221,22 +255,20 @@ class Classification:
             "round": point.server_round,
             "clients_seconds": result.seconds,
             "tuning_seconds": tuning_seconds,
-            "evaluate_seconds": time.perf_counter() - started,
+            "evaluate_seconds": self._evaluate_seconds,
         }
         self._run_dir.append("timings.jsonl", times | result.timings())
+        self._evaluated, self._evaluate_seconds = [], 0.0
         log(INFO, "%s", line)
 
     def _evaluate(self, arrays: Arrays) -> Evaluation:
-        info = self._parts.info
+        """Evaluate a model, once a round."""
+        for known, evaluation in self._evaluated:
+            if known is arrays:
+                return evaluation
+        started, info = time.perf_counter(), self._parts.info
         model = load_classifier(arrays, self._config, channels=info.channels, num_classes=info.num_classes, device=self._device)
-        images = scored_part(self._config.data, self._parts).to(self._device)
-        return evaluate(model, images)
-
-
-def check_finite(point: Checkpoint) -> None:
-    """Refuse a global model, or what the server keeps for a method, that is not finite; raises `RunFailed`."""
-    kept = [point.arrays, *point.method_state.values(), {} if point.embeddings is None else {"P": point.embeddings}]
-    if not all(map(all_finite, kept)):
-        raise RunFailed(
-            f"round {point.server_round}: the new global model, or what the server keeps for a method, is not finite: {_HOW_TO_CONVERGE}"
-        )
+        evaluation = evaluate(model, scored_part(self._config.data, self._parts).to(self._device))
+        self._evaluated.append((arrays, evaluation))
+        self._evaluate_seconds += time.perf_counter() - started
+        return evaluation

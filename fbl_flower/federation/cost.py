@@ -23,6 +23,10 @@ class Traffic:
     received: dict[int, int]
     elapsed: dict[int, float]
 
+    def in_order(self) -> Traffic:
+        """Return the same with clients in ascending order."""
+        return Traffic(**{name: dict(sorted(by_client.items())) for name, by_client in vars(self).items()})
+
     def waiting(self, computing: dict[int, float]) -> dict[int, float]:
         """Return the seconds in which a client did not compute: on the way, in queues, starting processes.
 
@@ -37,14 +41,18 @@ def payload_bytes(content: RecordDict) -> int:
 
     What Flower and gRPC add (addresses, hashes, frames; TLS) is not in it, so the number is the same on every engine and machine.
     """
-    return sum(len(name.encode()) + _value_bytes(value) for record in content.values() for name, value in record.items())
+    return sum(
+        len(name.encode(errors="replace")) + _value_bytes(value)
+        for record in content.values()
+        for name, value in record.items()
+    )
 
 
 def _value_bytes(value: object) -> int:
     if isinstance(value, Array):
         return len(value.data)
     if isinstance(value, str):
-        return len(value.encode())
+        return len(value.encode(errors="replace"))
     if isinstance(value, bytes):
         return len(value)
     if isinstance(value, list):

@@ -14,13 +14,18 @@ from fbl_flower.config import RunConfig
 from fbl_flower.data.datasets import DataParts
 from fbl_flower.errors import RunFailed
 from fbl_flower.federation.attendance import Attendance
+from fbl_flower.federation.gate import Expected
 from fbl_flower.federation.privacy import PrivacyLedger, cohort_size, private_model
 from fbl_flower.federation.rounds import Round, choose_clients
-from fbl_flower.federation.wire import TRAIN_GENERATOR, Reply, Request, array_record
+from fbl_flower.federation.wire import TRAIN_GENERATOR, Request, array_record
 from fbl_flower.generation.federated import CLASS_CODES, initial_arrays, write_federated
 from fbl_flower.methods.server_step import AVERAGE, next_average
-from fbl_flower.params import all_finite, weighted_mean
+from fbl_flower.params import all_finite, capped, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
+
+_LARGEST_WEIGHT = (
+    1e4  # AdamW moves a weight by about its learning rate a step; nobody measures the generator between the rounds
+)
 
 
 class GeneratorTask:
@@ -82,8 +87,9 @@ class GeneratorTask:
             for client in chosen
         }
 
-    def objection(self, reply: Reply, client: int, point: Checkpoint) -> str:
-        return ""
+    def expected(self, client: int, point: Checkpoint) -> Expected:
+        precision = self._config.transport.precision
+        return Expected(arrays=point.arrays, precision=precision, counts_real=True, largest=_LARGEST_WEIGHT)
 
     def advance(self, point: Checkpoint, result: Round, server_round: int) -> Checkpoint:
         sizes = {client: reply.num_real for client, reply in result.replies.items()}
@@ -95,7 +101,8 @@ class GeneratorTask:
             cohort = cohort_size(self._settings.fraction_train, self._config.num_clients)
             arrays = private_model(arrays, replies, privacy, cohort=cohort, fixed={CLASS_CODES})
         elif any(sizes.values()):
-            arrays = weighted_mean(replies, [float(size) for size in sizes.values()])
+            weights = capped(list(sizes.values()), largest_share=self._config.aggregation.largest_share)
+            arrays = weighted_mean(replies, [float(weight) for weight in weights])
             arrays[CLASS_CODES] = point.arrays[CLASS_CODES]  # which no client may move
         if not all_finite(arrays):
             raise RunFailed(

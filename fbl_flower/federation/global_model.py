@@ -13,7 +13,7 @@ from fbl_flower.federation.privacy import cohort_size, private_model
 from fbl_flower.federation.wire import Reply
 from fbl_flower.methods.server import corrected, model_to_average, next_state
 from fbl_flower.methods.server_step import AVERAGE, next_average, server_step
-from fbl_flower.params import Arrays, weighted_mean
+from fbl_flower.params import Arrays, capped, weighted_mean
 from fbl_flower.reporting.rundir import Checkpoint
 from fbl_flower.training.roles import Role
 
@@ -31,7 +31,7 @@ def next_point(
 ) -> Checkpoint:
     """Return the state of the run after a round: the mean of the clients' models, then what the server makes of it.
 
-    The mean is weighted as `aggregation.weight-by` says. Clients without images weigh nothing. With `privacy.clip-norm`, the sum of clipped
+    The mean is weighted as `aggregation.weight-by` says, up to `aggregation.largest-share`. Clients without images weigh nothing. With `privacy.clip-norm`, the sum of clipped
     updates, with noise, takes its place; sizes and whatever else a client sent are not looked at.
 
     Args:
@@ -52,6 +52,7 @@ def next_point(
     by = config.aggregation.weight_by
     sizes = [r.num_real if by == "real" else r.num_examples for r in replies.values()]
     weights = [float(size > 0 if by == "equal" else size) for size in sizes]
+    weights = capped(weights, largest_share=config.aggregation.largest_share)
     if sum(weights) == 0:  # only clients without images: nothing was learned
         return replace(point, server_round=server_round)
     embeddings = point.embeddings

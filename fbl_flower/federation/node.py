@@ -5,9 +5,9 @@ from __future__ import annotations
 from flwr.app import Context
 
 from fbl_flower.errors import ConfigError
+from fbl_flower.federation.gate import LONGEST_TEXT, one_line
 from fbl_flower.federation.wire import NodeDescription, code_fingerprint
 
-_LONGEST_NAME = 64
 _KEEP_STATE_DAYS = 30.0
 
 
@@ -15,14 +15,14 @@ def describe_node(context: Context) -> NodeDescription:
     """Return which partition the node is, its name, what it states of its role, and which code it runs."""
     node = context.node_config
     partition_id = int(str(node.get("partition-id", 0)))
-    name = " ".join(str(node.get("name", "")).split())[:_LONGEST_NAME]
+    name = one_line(str(node.get("name", "")), LONGEST_TEXT)
     return NodeDescription(
         partition_id=partition_id,
         num_partitions=int(str(node.get("num-partitions", 1))),
         code=code_fingerprint(),
         name=name or f"node-{partition_id}",
-        capability=str(node.get("capability", "")),
-        method=str(node.get("method", "")),
+        capability=one_line(str(node.get("capability", "")), LONGEST_TEXT),
+        method=one_line(str(node.get("method", "")), LONGEST_TEXT),
         trains_generator=trains_generator(context),
     )
 

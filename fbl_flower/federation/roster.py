@@ -8,6 +8,8 @@ Flower draws anew each run, decide nothing.
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import WARNING
 
@@ -16,10 +18,16 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fbl_flower.errors import RunFailed
-from fbl_flower.federation.exchange import ask
+from fbl_flower.federation.exchange import Answers, ask
+from fbl_flower.federation.gate import read_description
 from fbl_flower.federation.wire import DESCRIBE, NodeDescription, code_fingerprint
 from fbl_flower.training.roles import stated_problems
 
+OTHER_CODE = "it runs other code than the server"
+_OTHER_FOLDER = (
+    "In simulation, clients import from the folder in which Flower's background SuperLink was first started; stop it with "
+    "`fbl-flower superlink stop` and run again. In a deployment, install the same version on every machine."
+)
 _FIRST_PAUSE, _LAST_PAUSE = 0.05, 1.0  # seconds between two looks who is there
 
 
@@ -70,46 +78,83 @@ class Roster:
         return list(range(place, self.num_clients, self.num_partitions))
 
 
+def objection(description: NodeDescription, *, num_partitions: int) -> str:
+    """Say why a node cannot take part, whoever else does; empty: it can."""
+    if description.code != code_fingerprint():
+        return OTHER_CODE
+    if description.num_partitions != num_partitions:
+        return (
+            f"its num-partitions is {description.num_partitions}, and not {num_partitions}; give all nodes the number of nodes"
+        )
+    return "; ".join(stated_problems(description.capability, description.method))
+
+
 def call_roll(grid: Grid, *, num_clients: int, timeout: float) -> Roster:
     """Wait for the nodes, ask each who it is, and give every client to a node.
 
+    A node that cannot take part is refused by name, and the others go on without it. Of two nodes that claim one partition, the
+    one that came first has it. How many nodes there are is what most of them say.
+
     Raises:
-        RunFailed: No node came, none described itself, two claim the same place or differ in how many there are, or one runs other code than the server or states a
-            capability or a method that there is not.
+        RunFailed: No node came, or none can take part, or as many nodes say one number of nodes as another.
     """
     deadline = time.monotonic() + timeout
+    described: dict[int, NodeDescription] = {}
+    silent: dict[int, str] = {}  # why, by node
     nodes = _wait_for_nodes(grid, 1, deadline)
-    described = _describe(grid, nodes, deadline)
-    expected = max(d.num_partitions for d in described.values())
-    if len(nodes) < expected:
-        nodes = _wait_for_nodes(grid, expected, deadline)
-        described |= _describe(grid, [n for n in nodes if n not in described], deadline, others=True)
-    if len({d.num_partitions for d in described.values()}) > 1:
-        said = ", ".join(f"node {d.partition_id}: {d.num_partitions}" for _, d in sorted(described.items()))
-        raise RunFailed(f"the nodes say different num-partitions ({said}); give all of them the number of nodes")
-    for description in described.values():
-        if description.code != code_fingerprint():
-            raise RunFailed(
-                f"node {description.partition_id} runs other code than the server. In simulation, clients import from the folder in which "
-                "Flower's background SuperLink was first started; stop it with `fbl-flower superlink stop` and run again. "
-                "In a deployment, install the same version on every machine."
-            )
-    wrong = [
-        f"node {d.partition_id}: {problem}"
-        for _, d in sorted(described.items())
-        for problem in stated_problems(d.capability, d.method)
-    ]
-    if wrong:
-        raise RunFailed("nothing was trained; " + "; ".join(wrong))
-    members: dict[int, Member] = {}
-    for node, description in sorted(described.items()):
-        if description.partition_id in members:
-            raise RunFailed(f"two nodes say that they are partition {description.partition_id}; give each its own partition-id")
-        members[description.partition_id] = Member(node=node, description=description)
-    roster = Roster(num_clients=num_clients, num_partitions=expected, members=members)
+    while newcomers := [node for node in nodes if node not in described and node not in silent]:
+        answers = _describe(grid, newcomers, deadline)
+        described, silent = described | answers.values, silent | answers.failures
+        said = _most_said(described)
+        # Not for all that the first of them says there are: it may be wrong, and the others tell.
+        number = min(max(said, default=1), 2 * len(nodes) if len(said) == 1 else len(nodes) + 1)
+        if len(nodes) < number:
+            nodes = _wait_for_nodes(grid, number, deadline)
+    for node, reason in silent.items():
+        log(WARNING, "Node %d did not say who it is: %s", node, reason)
+    if not described:
+        reasons = "; ".join(sorted(set(silent.values())))
+        raise RunFailed(f"none of {len(nodes)} nodes described itself as an FBL client: {reasons}. {_OTHER_FOLDER}")
+    said = _most_said(described)
+    if len(said) > 1:
+        numbers = ", ".join(f"{d.name}: {d.num_partitions}" for d in described.values())
+        raise RunFailed(f"the nodes say different num-partitions ({numbers}); give all of them the number of nodes")
+    members, refused = _seated(described, num_partitions=said[0])
+    for name, reason in refused:
+        log(WARNING, "Node %s is refused: %s", name, reason)
+    roster = Roster(num_clients=num_clients, num_partitions=said[0], members=members)
     if not roster.node_of:
-        raise RunFailed(f"{len(nodes)} nodes connected, and none hosts a client; wanted partition-id from 0 to {expected - 1}")
+        if all(reason == OTHER_CODE for _, reason in refused) and refused:
+            raise RunFailed(f"every node is refused: {OTHER_CODE}. {_OTHER_FOLDER}")
+        if refused:
+            raise RunFailed("nothing was trained; " + "; ".join(f"{name}: {reason}" for name, reason in refused))
+        raise RunFailed(f"{len(nodes)} nodes connected, and none hosts a client; wanted partition-id from 0 to {said[0] - 1}")
     return roster
+
+
+def _seated(
+    described: Mapping[int, NodeDescription], *, num_partitions: int
+) -> tuple[dict[int, Member], list[tuple[str, str]]]:
+    """Return the nodes by partition, and the name of each that is refused with the reason."""
+    members: dict[int, Member] = {}
+    refused: list[tuple[str, str]] = []
+    for node, description in described.items():
+        holder = members.get(description.partition_id)
+        problem = objection(description, num_partitions=num_partitions)
+        if holder and not problem:
+            problem = f"its partition-id, {description.partition_id}, is that of {holder.description.name}; give it its own"
+        if problem:
+            refused.append((description.name, problem))
+        else:
+            members[description.partition_id] = Member(node=node, description=description)
+    return members, refused
+
+
+def _most_said(described: Mapping[int, NodeDescription]) -> list[int]:
+    """Return the number of nodes that most nodes of this code say there are, or several that equally many say."""
+    same_code = [d for d in described.values() if d.code == code_fingerprint()]
+    votes = Counter(d.num_partitions for d in same_code or described.values())
+    return [number for number, count in votes.items() if count == max(votes.values())]
 
 
 def _wait_for_nodes(grid: Grid, number: int, deadline: float) -> list[int]:
@@ -123,22 +168,8 @@ def _wait_for_nodes(grid: Grid, number: int, deadline: float) -> list[int]:
     return nodes
 
 
-def _describe(grid: Grid, nodes: list[int], deadline: float, *, others: bool = False) -> dict[int, NodeDescription]:
-    """Ask nodes who they are. A node that does not answer is absent, unless nobody does; `others` says that some did before."""
-    if not nodes:
-        return {}
-    answers = ask(grid, {node: (node, RecordDict()) for node in nodes}, DESCRIBE, timeout=max(deadline - time.monotonic(), 1.0))
-    for reason in answers.failures.values():
-        log(WARNING, "A node did not say who it is: %s", reason)
-    descriptions: dict[int, NodeDescription] = {}
-    for node, content in answers.contents.items():
-        if "node" in content:
-            descriptions[node] = NodeDescription.from_record(content)
-    if len(descriptions) < len(answers.contents) or (not descriptions and not others):
-        reasons = "; ".join(sorted(set(answers.failures.values()))) or "they answered as another app"
-        raise RunFailed(
-            f"{len(nodes) - len(descriptions)} of {len(nodes)} nodes did not describe themselves as FBL clients: {reasons}. "
-            "In simulation, Flower's background SuperLink may have been started in another project's folder; stop it "
-            "with `fbl-flower superlink stop` and run again."
-        )
-    return descriptions
+def _describe(grid: Grid, nodes: list[int], deadline: float) -> Answers[NodeDescription]:
+    """Ask nodes who they are."""
+    requests = {node: (node, RecordDict()) for node in nodes}
+    timeout = max(deadline - time.monotonic(), 1.0)
+    return ask(grid, requests, DESCRIBE, read=lambda _, content: read_description(content), timeout=timeout)

@@ -5,10 +5,9 @@ What is trained is a `Task`: the classifier (`classification`), or before it the
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from logging import WARNING
 from typing import Protocol
 
@@ -20,15 +19,12 @@ from flwr.serverapp import Grid
 from fbl_flower.config import RunConfig, rounded_up
 from fbl_flower.errors import RunFailed
 from fbl_flower.federation.attendance import Attendance
-from fbl_flower.federation.cost import Traffic, payload_bytes
+from fbl_flower.federation.cost import Traffic
 from fbl_flower.federation.exchange import ask
-from fbl_flower.federation.transport import restore
+from fbl_flower.federation.gate import Expected, read_reply
 from fbl_flower.federation.wire import Reply
-from fbl_flower.params import all_finite
 from fbl_flower.reporting.rundir import Checkpoint
 from fbl_flower.seeding import numpy_stream
-
-NOT_FINITE = "its model or its loss is not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +95,8 @@ class Task(Protocol):
         """Return what to ask of each."""
         ...
 
-    def objection(self, reply: Reply, client: int, point: Checkpoint) -> str:
-        """Say why a reply whose arrays fit and are finite cannot be used, all the same; empty: it can."""
+    def expected(self, client: int, point: Checkpoint) -> Expected:
+        """Return what a client's answer must hold."""
         ...
 
     def advance(self, point: Checkpoint, result: Round, server_round: int) -> Checkpoint:
@@ -127,51 +123,25 @@ def run_rounds(task: Task, point: Checkpoint, *, grid: Grid, config: RunConfig, 
         chosen = task.choose(attendance.present(), server_round)
         contents = task.requests(chosen, point, server_round, checkpoint_round)
         requests = {client: (node_of[client], content) for client, content in contents.items()}
-        answers = ask(grid, requests, task.message_type, timeout=config.timeout)
-        failures = attendance.away() | answers.failures
-        traffic = Traffic(
-            sent={client: payload_bytes(contents[client]) for client in answers.elapsed},
-            received={client: payload_bytes(content) for client, content in answers.contents.items()},
-            elapsed=answers.elapsed,
-        )
-        replies: dict[int, Reply] = {}
-        for client, content in answers.contents.items():
-            reply = _read(content, point, precision=config.transport.precision)
-            if isinstance(reply, Reply):
-                objection = task.objection(reply, client, point)
-                reply = objection or reply
-            if isinstance(reply, str):
-                failures[client] = reply
-            else:
-                replies[client] = reply
+        expected = {client: task.expected(client, point) for client in chosen}
+
+        def read(client: int, content: RecordDict, expected: Mapping[int, Expected] = expected) -> Reply | str:
+            return read_reply(content, expected[client])
+
+        answers = ask(grid, requests, task.message_type, read=read, timeout=config.timeout)
+        replies, failures = answers.values, attendance.away() | answers.failures
         failures = dict(sorted(failures.items()))
         for client, reason in failures.items():
             log(WARNING, "%s %d: client %d is left out: %s", task.title, server_round, client, reason)
         if not replies:
             raise RunFailed(f"{task.title.lower()} {server_round}: no client succeeded: " + reasons(failures))
         seconds = time.perf_counter() - started
-        result = Round(replies=replies, failures=failures, chosen=chosen, traffic=traffic, seconds=seconds)
+        result = Round(replies=replies, failures=failures, chosen=chosen, traffic=answers.traffic, seconds=seconds)
         point = task.advance(point, result, server_round)
         if server_round % config.checkpoint_every == 0 or server_round == task.rounds:
             task.save(point)
             checkpoint_round = server_round
     return point
-
-
-def _read(content: RecordDict, point: Checkpoint, *, precision: str) -> Reply | str:
-    """Return a client's answer, its model restored, or why it cannot be used."""
-    try:
-        reply = Reply.from_record(content)
-    except (KeyError, TypeError, ValueError):
-        return "its answer cannot be read"
-    if {name: a.shape for name, a in reply.arrays.items()} != {name: a.shape for name, a in point.arrays.items()}:
-        return "its model has other arrays than the global one"
-    reply = replace(reply, arrays=restore(reply.arrays, point.arrays, precision=precision))
-    vectors = {} if reply.embeddings is None else {"P": reply.embeddings}
-    numbers = math.isfinite(reply.loss) and math.isfinite(reply.seconds)
-    if not (numbers and all(map(all_finite, (reply.arrays, vectors, *reply.extras.values())))):
-        return NOT_FINITE
-    return reply
 
 
 def choose_clients(

@@ -21,9 +21,11 @@ from flwr.serverapp import Grid, ServerApp
 from fbl_flower.config import FEDERATED, RunConfig, parse_config, rounded_up
 from fbl_flower.data.datasets import DataParts, load_parts, scored_part
 from fbl_flower.errors import FBLError, RunFailed
+from fbl_flower.federation.arrival import is_simulated
 from fbl_flower.federation.attendance import Attendance
 from fbl_flower.federation.classification import Classification
-from fbl_flower.federation.exchange import ask, is_simulated
+from fbl_flower.federation.exchange import ask
+from fbl_flower.federation.gate import read_prepared
 from fbl_flower.federation.generator_supply import GeneratorSupply
 from fbl_flower.federation.generator_task import GeneratorTask
 from fbl_flower.federation.global_model import server_in_words
@@ -162,20 +164,21 @@ class _Federation:
             self.grid,
             requests,
             PREPARE,
+            read=lambda _, content: read_prepared(content),
             timeout=config.prepare.timeout,
             progress=lambda done, total: log(INFO, "Prepared %d of %d clients", done, total),
         )
         failures = dict.fromkeys(roster.absent, "no node hosts it") | answers.failures
-        supply.delivered(answers.contents)
-        self.attendance.prepared(answers.contents, failures)
+        supply.delivered(answers.values)
+        self.attendance.prepared(answers.values, failures)
         self.attendance.log_table()
         for client, reason in sorted(failures.items()):
             log(WARNING, "Client %d is not prepared: %s", client, reason)
-        if not answers.contents:
+        if not answers.values:
             raise RunFailed("no client could be prepared: " + reasons(failures))
-        if len(answers.contents) < (wanted := rounded_up(config.prepare.quorum, config.num_clients)):
+        if len(answers.values) < (wanted := rounded_up(config.prepare.quorum, config.num_clients)):
             raise RunFailed(
-                f"{len(answers.contents)} of {config.num_clients} clients are prepared; prepare.quorum = {config.prepare.quorum:g} asks for "
+                f"{len(answers.values)} of {config.num_clients} clients are prepared; prepare.quorum = {config.prepare.quorum:g} asks for "
                 f"{wanted}: {reasons(failures)}"
             )
 

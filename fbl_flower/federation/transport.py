@@ -36,5 +36,10 @@ def restore(sent: Mapping[str, np.ndarray], received: Mapping[str, np.ndarray], 
     }
 
 
+def sent_dtype(array: np.ndarray, *, precision: str) -> np.dtype:
+    """Return the dtype in which a client sends what it made of an array of the model."""
+    return np.dtype(np.float16) if precision == "fp16" and _is_rounded(array) else array.dtype
+
+
 def _is_rounded(array: np.ndarray) -> bool:
     return array.dtype == np.float32

@@ -23,7 +23,11 @@ from fbl_flower.params import Arrays
 
 DESCRIBE, TRAIN_GENERATOR, PREPARE, TRAIN = "query.describe", "train.generator", "train.prepare", "train"
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
-_EXTRA = "extra."  # before a method's name: its own arrays in a message
+EXTRA = "extra."  # before a method's name: its own arrays in a message
+_DTYPES = {
+    str(dtype): dtype for dtype in map(np.dtype, "?bBhHiIlLefd")
+}  # of the arrays that travel, in this machine's byte order
+_MOST_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +115,7 @@ class Request:
         if self.embeddings is not None:
             content["embeddings"] = array_record({"P": self.embeddings})
         for method, extra in (packed_extras or _packed(self.extras)).items():
-            content[_EXTRA + method] = extra
+            content[EXTRA + method] = extra
         if self.generator_files:
             content["generator"] = ConfigRecord(dict(self.generator_files))
         return content
@@ -170,7 +174,7 @@ class Reply:
         if self.embeddings is not None:
             content["embeddings"] = array_record({"P": self.embeddings})
         for method, extra in _packed(self.extras).items():
-            content[_EXTRA + method] = extra
+            content[EXTRA + method] = extra
         return content
 
     @classmethod
@@ -210,16 +214,36 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 def named_arrays(record: ArrayRecord) -> Arrays:
     """Unpack named arrays, each in its own dtype.
 
-    The values are the end of what Flower stores, after numpy's header, which is not parsed: for models of many small arrays that took longer
-    than everything else in a message.
+    Raises:
+        ValueError: An array is not exactly what `array_record` writes for the dtype and shape that it declares.
     """
     arrays: Arrays = {}
     for name, array in record.items():
-        dtype = np.dtype(array.dtype)
-        num_bytes = dtype.itemsize * math.prod(array.shape)
-        values = np.frombuffer(array.data, dtype=dtype, offset=len(array.data) - num_bytes)
+        header = packed_header(array)
+        if header is None:
+            raise ValueError("an array is not packed as it declares")
+        values = np.frombuffer(array.data, dtype=np.dtype(array.dtype), offset=len(header))
         arrays[name] = values.reshape(array.shape).copy()
     return arrays
+
+
+def packed_header(array: Array) -> bytes | None:
+    """Return the header of a packed array, or None if its dtype, shape, header and length do not agree.
+
+    The header is compared with the one that `numpy.save` would write, and not parsed: for models of many small arrays, parsing took longer
+    than everything else in a message. Nothing is allocated.
+    """
+    shape = tuple(array.shape)
+    if array.stype != SType.NUMPY or array.dtype not in _DTYPES or len(shape) > _MOST_DIMENSIONS:
+        return None
+    if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        return None
+    dtype = _DTYPES[array.dtype]
+    num_bytes = dtype.itemsize * math.prod(shape)
+    if num_bytes > len(array.data):
+        return None
+    header = _npy_header(dtype, shape)
+    return header if len(array.data) == len(header) + num_bytes and array.data.startswith(header) else None
 
 
 @functools.cache
@@ -256,7 +280,7 @@ def _packed(extras: Mapping[str, Arrays]) -> dict[str, ArrayRecord]:
 
 def _extras(content: RecordDict) -> dict[str, Arrays]:
     return {
-        name.removeprefix(_EXTRA): named_arrays(record)
+        name.removeprefix(EXTRA): named_arrays(record)
         for name, record in content.items()
-        if name.startswith(_EXTRA) and isinstance(record, ArrayRecord)
+        if name.startswith(EXTRA) and isinstance(record, ArrayRecord)
     }

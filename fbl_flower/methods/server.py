@@ -62,17 +62,15 @@ def with_clients(
     return state | {"scaffold": shrunk, _CLIENTS: _number(now)}
 
 
-def lacks_arrays(update: Update, state: ServerState) -> bool:
-    """Tell whether a client did not send, or in other shapes, what its method needs."""
-    match update.method:
+def arrays_to_send(method: str, state: ServerState, model: Mapping[str, np.ndarray]) -> Arrays:
+    """Return arrays of the names, shapes and dtypes that every client of a method sends beside its model; empty: none."""
+    match method:
         case "scaffold":
-            wanted = state["scaffold"]
-            return update.extra.keys() != wanted.keys() or any(update.extra[n].shape != a.shape for n, a in wanted.items())
+            return state["scaffold"]
         case "fedgen":
-            counts = update.extra.get(LABEL_COUNTS)
-            return counts is None or counts.shape != update.arrays["head.bias"].shape or bool((counts < 0).any())
+            return {LABEL_COUNTS: np.zeros(model["head.bias"].shape, dtype=np.int64)}
         case _:
-            return False
+            return {}
 
 
 def model_to_average(update: Update, received: Mapping[str, np.ndarray], config: RunConfig) -> Mapping[str, np.ndarray]:
