@@ -177,6 +177,14 @@ class _Sizes:
             private=None if config.num_private < 0 else config.num_private,
         )
 
+    @staticmethod
+    def keys_set(config: DataConfig) -> str:
+        """Return the keys of the sizes that the user has set; of all, where each is the data set's own."""
+        sizes = {"num-test": config.num_test, "num-public": config.num_public, "num-private": config.num_private}
+        return ", ".join(f"data.{key}" for key, number in sizes.items() if number >= 0) or ", ".join(
+            f"data.{key}" for key in sizes
+        )
+
 
 def _cut(config: DataConfig, info: DataInfo, source: Source, keys: Keys) -> DataParts:
     """Take the parts out of the images one after the other: test, public, validation, private."""
@@ -196,7 +204,7 @@ def _cut(config: DataConfig, info: DataInfo, source: Source, keys: Keys) -> Data
     if num_private < 1 or num_private > rest:
         num_usable = len(order) + (len(test) if _cuts_test(source, keys) else 0)
         problems.append(
-            f"data: {asked.test} test, {asked.public} public and {num_private} private images asked for; {config.name} has {num_usable} for "
+            f"{_Sizes.keys_set(config)}: {asked.test} test, {asked.public} public and {num_private} private images asked for; {config.name} has {num_usable} for "
             "those parts, and at least one must be private" + (f" ({copies})" if copies else "")
         )
     if problems:
