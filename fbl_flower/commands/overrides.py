@@ -22,7 +22,7 @@ from fbl_flower.errors import ConfigError
 from fbl_flower.reporting.rundir import MAY_CHANGE_ON_RESUME, changed_settings
 
 # Flower's own pattern (flwr.common.config.parse_config_args), but for the bound on keys: without it, long text takes quadratic time
-_PAIR = re.compile(r"(\S{1,256}?)=('[^']*'|\"[^\"]*\"|\S+)")
+_PAIR = re.compile(r"(\S{1,100}?)=('[^']*'|\"[^\"]*\"|\S+)")
 _PATHS = ("output-dir", "state-dir", "data.path", "generator.path", "resume")
 _ROUNDS = "num-server-rounds"
 
@@ -97,9 +97,10 @@ def _scan(arguments: Sequence[str]) -> tuple[dict[str, Value], list[str]]:
             except ConfigError as error:
                 problems += error.problems
             continue
-        for rest in _PAIR.sub("", argument).split():
+        pieces = _PAIR.split(argument)  # text, key, value, text, key, value, ..., text
+        for rest in " ".join(pieces[::3]).split():
             problems.append(f"-c: got {shortened(rest)}; wanted key=value, without spaces around the '='")
-        for key, text in _PAIR.findall(argument):
+        for key, text in zip(pieces[1::3], pieces[2::3], strict=True):
             try:
                 found |= flat_table(parse_toml(f"{key} = {text}"))
             except ValueError:

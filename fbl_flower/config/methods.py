@@ -51,7 +51,7 @@ class FedGenConfig:
     diversity: float = option(1.0, "weight of the generator's diversity loss", low=0.0, high=1e6)
     learning_rate: float = option(3e-4, "step size of the generator (Adam)", above=0.0, high=1e6)
     steps: int = option(50, "steps of the generator in a round", low=1, high=1_000_000)
-    batch_size: int = option(32, "features per step of the generator", low=2, high=65_536)
+    batch_size: int = option(32, "features per step of the generator", low=2, high=4096)
     hidden_width: int = option(256, "hidden units of the generator", low=1, high=8192)
     noise_width: int = option(32, "numbers of noise for each feature vector", low=1, high=8192)
 

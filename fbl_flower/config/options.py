@@ -4,7 +4,7 @@ Every number has a lower and an upper bound, and every text a greatest length. T
 stop slips and values that would crash, hang or fill the memory, not to advise. Where a setting has no natural bound they are
 
 - rounds, steps and periods 1 000 000; passes over data 10 000; clients 100 000; threads 1024
-- batch sizes 65 536; widths of layers 8192 (two such layers: 67 million weights); numbers of images 1 000 000 000
+- batch sizes 65 536, but FedGen compares all pairs of a batch; widths of layers 8192 (two such layers: 67 million weights); numbers of images 1 000 000 000
 - step sizes, weights of losses and norms 1e6, far from where float32 overflows
 - times 1e8 seconds, three years; texts 4096 characters, the longest path of Linux
 """
