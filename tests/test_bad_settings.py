@@ -260,3 +260,23 @@ def test_a_path_that_is_none_is_one_error(name: str, capsys: pytest.CaptureFixtu
     assert cli.main(["run", "-c", name]) == 2
     text = capsys.readouterr().err
     assert "cannot be read as TOML: " in text and "Traceback" not in text and len(text) < LONGEST_MESSAGE
+
+
+@pytest.mark.parametrize("content", [
+    "base = " + "[" * 9000, "title = " + "9" * 9000, "note = [" + "1," * 9000 + "]", "config = [" + "1," * 9000 + "]", "small = '" + "x" * 9000 + "'",
+    "[config]\n" + "x" * 9000 + " = 1", "[config]\nseed = [" + "1," * 9000 + "]", "x" * 9000 + " = 1",
+    'title = "a\\u001b[31m"', "title = '" + "x" * 9000 + "'", "kind = [" + "1," * 9000 + "]", "report-rounds = [" + "1," * 9000 + "]", "target-accuracy = '" + "x" * 9000 + "'",
+])  # fmt: skip
+def test_odd_experiment_rows_are_a_short_error(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "row.toml").write_text(content)
+    assert cli.main(["sweep", str(tmp_path / "row.toml")]) == 2
+    text = capsys.readouterr().err
+    assert "row.toml: " in text and "Traceback" not in text and len(text) < 1500
+
+
+@pytest.mark.parametrize("base", ["a\\u0000b", "x" * 9000, "/dev/zero", "."])
+def test_odd_bases_of_experiment_rows(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "_base.toml").write_text(f'base = "{base}"')
+    (tmp_path / "row.toml").write_text("title = 'x'")
+    assert cli.main(["sweep", str(tmp_path / "row.toml")]) == 2
+    assert "Traceback" not in capsys.readouterr().err

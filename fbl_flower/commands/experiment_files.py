@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fbl_flower.config import Value, flat_table, read_toml_file, shortened
+from fbl_flower.config import Value, flat_table, read_toml_file, shortened, shown_key
 from fbl_flower.errors import ConfigError
 
 SIZES = ("cpu", "paper")
@@ -69,14 +69,18 @@ def read_layers(file: Path, *, size: str | None, overrides: Mapping[str, Value])
     notes: list[str] = []
     for path, raw in chain:
         allowed = _OF_ROW if path == file else _OF_BASE
-        problems += [f"{path}: {key}: unknown key; allowed: {', '.join(allowed)}" for key in raw if key not in allowed]
+        problems += [
+            f"{path}: {shown_key(key)}: unknown key; allowed: {', '.join(allowed)}" for key in raw if key not in allowed
+        ]
         for name in SIZES:  # the other size's part must be well-formed too
             part = raw.get(name, {})
             if not isinstance(part, dict):
                 problems.append(f"{path}: {name}: got {shortened(part)}; wanted a table")
                 continue
             problems += [
-                f"{path}: {name}.{key}: unknown key; allowed: {', '.join(_OF_SIZE)}" for key in part if key not in _OF_SIZE
+                f"{path}: {name}.{shown_key(key)}: unknown key; allowed: {', '.join(_OF_SIZE)}"
+                for key in part
+                if key not in _OF_SIZE
             ]
         for layer in (raw, raw.get(chosen, {})):
             if not isinstance(layer, dict):
