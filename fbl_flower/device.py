@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import os
 from collections.abc import Iterator
 
 import torch
@@ -14,11 +15,22 @@ from torch import nn
 from fbl_flower.config import RunConfig
 from fbl_flower.errors import ConfigError
 
+_FEW_THREADS = 16  # allowed on any machine
+_MOST_PER_CORE = 4  # threads; they wait for each other after every layer, and 256 of them on two cores hardly move
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def pick_device(config: RunConfig) -> torch.device:
-    """Return the device of `device`: with auto, cuda where there is one."""
+    """Return the device of `device`: with auto, cuda where there is one.
+
+    Raises:
+        ConfigError: There is no such device, or so few cores that training with `num-threads` would hardly move.
+    """
+    cores = os.cpu_count() or 1
+    if config.num_threads > max(_FEW_THREADS, _MOST_PER_CORE * cores):
+        raise ConfigError(
+            [f"num-threads: got {config.num_threads}; this machine has {cores} cores. Set at most {_MOST_PER_CORE} per core"]
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(["device: got 'cuda'; this machine has none; allowed here: auto | cpu"])
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")

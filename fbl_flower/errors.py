@@ -7,6 +7,8 @@ may leave it.
 
 from __future__ import annotations
 
+_MOST_PROBLEMS = 50  # that one message lists
+
 
 class FBLError(Exception):
     """An error with a cause that the user can mend.
@@ -31,7 +33,10 @@ class ConfigError(FBLError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = list(problems)
         noun = "problem" if len(problems) == 1 else "problems"
-        text = f"{len(problems)} {noun} in the configuration:\n" + "\n".join(f"  - {p}" for p in problems)
+        shown = self.problems[:_MOST_PROBLEMS]
+        if len(shown) < len(problems):
+            shown.append(f"... and {len(problems) - len(shown)} more")
+        text = f"{len(problems)} {noun} in the configuration:\n" + "\n".join(f"  - {p}" for p in shown)
         super().__init__(text, public=text)  # the configuration comes from the server: nothing in it is a secret
 
 

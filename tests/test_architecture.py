@@ -22,7 +22,7 @@ LEVELS: list[set[str]] = [
     {"data"},
     {"device"},
     {"config", "roundstore", "claim"},
-    {"params", "seeding", "errors", "whole_file", "quiet"},
+    {"params", "seeding", "errors", "whole_file", "quiet", "free_memory"},
 ]
 LEVEL_OF = {name: len(LEVELS) - i for i, level in enumerate(LEVELS) for name in level}
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fbl_flower.config import DATA_NAMES, RunConfig, Setting, flatten, parse_config, surface
+from fbl_flower.config import DATA_NAMES, RunConfig, flatten, parse_config, surface
 from fbl_flower.errors import ConfigError, DataError, FBLError
 
 SURFACE = {setting.key: setting for setting in surface()}
@@ -44,13 +44,12 @@ def test_surface_lists_every_key_once_with_help_and_a_default_that_is_allowed() 
     for setting in surface():
         assert setting.help and setting.allowed
         assert parse_config({setting.key: setting.default}) == RunConfig()
-    assert SURFACE["balancing.drop"] == Setting(
-        key="balancing.drop", default=0.5, help=SURFACE["balancing.drop"].help, allowed="number >= 0 and <= 1"
-    )
+    assert SURFACE["balancing.drop"].default == 0.5
+    assert SURFACE["balancing.drop"].allowed == "number >= 0 and <= 1"
     assert SURFACE["data.alpha"].allowed == "number > 0 and <= 1e+06"
     assert SURFACE["model.norm"].allowed == "group | batch"
     assert SURFACE["train.augment"].allowed == "true | false"
-    assert SURFACE["train.epochs"].allowed == "whole number >= 1"
+    assert SURFACE["train.epochs"].allowed == "whole number >= 1 and <= 10000"
 
 
 OVERRIDES = st.fixed_dictionaries(
@@ -59,7 +58,9 @@ OVERRIDES = st.fixed_dictionaries(
         "seed": st.integers(0, 2**40),
         "num-clients": st.integers(1, 1000),
         "fraction-train": st.floats(0.001, 1.0),
-        "output-dir": st.text(max_size=10).filter(lambda text: not text.startswith("~")),  # "~name" wants a home directory
+        "output-dir": st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=10).filter(
+            lambda text: not text.startswith("~")
+        ),  # "~name" wants a home directory
         "data.alpha": st.floats(1e-6, 1e6),
         "data.partition": st.sampled_from(["dirichlet", "iid"]),
         "balancing.enabled": st.booleans(),
@@ -91,10 +92,10 @@ def test_a_whole_number_serves_where_a_number_is_wanted() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "wanted"),
     [
-        ("num-clients", "abc", "got 'abc' (str); allowed: whole number >= 1"),
-        ("num-clients", True, "got True (bool); allowed: whole number >= 1"),
-        ("num-clients", 2.0, "got 2.0 (float); allowed: whole number >= 1"),
-        ("num-clients", 0, "got 0 (int); allowed: whole number >= 1"),
+        ("num-clients", "abc", "got 'abc' (str); allowed: whole number >= 1 and <= 100000"),
+        ("num-clients", True, "got True (bool); allowed: whole number >= 1 and <= 100000"),
+        ("num-clients", 2.0, "got 2.0 (float); allowed: whole number >= 1 and <= 100000"),
+        ("num-clients", 0, "got 0 (int); allowed: whole number >= 1 and <= 100000"),
         ("data.alpha", "0.1", "got '0.1' (str); allowed: number > 0 and <= 1e+06"),
         ("data.alpha", True, "got True (bool); allowed: number > 0 and <= 1e+06"),
         ("data.alpha", 0.0, "got 0.0 (float); allowed: number > 0 and <= 1e+06"),
@@ -106,7 +107,7 @@ def test_a_whole_number_serves_where_a_number_is_wanted() -> None:
         ("balancing.drop", -0.1, "got -0.1 (float); allowed: number >= 0 and <= 1"),
         ("fraction-train", 0.0, "got 0.0 (float); allowed: number > 0 and <= 1"),
         ("train.momentum", 1.0, "got 1.0 (float); allowed: number >= 0 and <= 0.999"),
-        ("data.num-test", -2, "got -2 (int); allowed: whole number >= -1"),
+        ("data.num-test", -2, "got -2 (int); allowed: whole number >= -1 and <= 1000000000"),
         ("balancing.enabled", 1, "got 1 (int); allowed: true | false"),
         ("balancing.enabled", "true", "got 'true' (str); allowed: true | false"),
         ("data.name", "imagenet", f"got 'imagenet' (str); allowed: {' | '.join(DATA_NAMES)}"),
@@ -116,7 +117,7 @@ def test_a_whole_number_serves_where_a_number_is_wanted() -> None:
             "got 'gan' (str); allowed: auto | diffusion | federated | text-to-image | public-images | own-images",
         ),
         ("balancing.sampling", True, "got True (bool); allowed: loss | random | none"),
-        ("output-dir", 3, "got 3 (int); allowed: text"),
+        ("output-dir", 3, "got 3 (int); allowed: text of 1 to 4096 characters"),
         ("seed", 2**63, f"got {2**63}; Flower carries whole numbers of 64 bits, up to {2**63 - 1}"),
         ("data.num-private", 10**30, f"got {10**30}; Flower carries whole numbers of 64 bits, up to {2**63 - 1}"),
     ],

@@ -185,9 +185,10 @@ def test_sizes_asked_for_are_sizes_got() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"num_private": 1001}, "397 test, 400 public and 1001 private images asked for; digits has 1797"),
-        ({"num_private": 0}, "at least one must be private"),
-        ({"num_private": -1, "num_public": 1400}, "at least one must be private"),
+        ({"num_private": 1001}, "data.num-private: 397 test, 400 public and 1001 private images asked for; digits has 1797"),
+        ({"num_private": 0}, "data.num-private: .*at least one must be private"),
+        ({"num_private": -1, "num_public": 1400}, "data.num-public: .*at least one must be private"),
+        ({"num_test": 900, "num_public": 900, "num_private": 1}, "data.num-test, data.num-public, data.num-private: 900 test"),
         ({"num_test": 0, "num_private": -1}, "data.num-test: got 0; the server needs at least one test image"),
         ({"num_test": 1798}, "1798 test"),
         ({"num_validation": 450, "num_private": -1}, "num-validation: got 450"),  # more than the default 400 public ones

@@ -6,13 +6,12 @@ laid over what, the later over the earlier: the outermost base, its size, the fo
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fbl_flower.config import Value, flat_table
+from fbl_flower.config import Value, flat_table, read_toml_file, shortened, shown_key
 from fbl_flower.errors import ConfigError
 
 SIZES = ("cpu", "paper")
@@ -70,14 +69,18 @@ def read_layers(file: Path, *, size: str | None, overrides: Mapping[str, Value])
     notes: list[str] = []
     for path, raw in chain:
         allowed = _OF_ROW if path == file else _OF_BASE
-        problems += [f"{path}: {key}: unknown key; allowed: {', '.join(allowed)}" for key in raw if key not in allowed]
+        problems += [
+            f"{path}: {shown_key(key)}: unknown key; allowed: {', '.join(allowed)}" for key in raw if key not in allowed
+        ]
         for name in SIZES:  # the other size's part must be well-formed too
             part = raw.get(name, {})
             if not isinstance(part, dict):
-                problems.append(f"{path}: {name}: got {part!r}; wanted a table")
+                problems.append(f"{path}: {name}: got {shortened(part)}; wanted a table")
                 continue
             problems += [
-                f"{path}: {name}.{key}: unknown key; allowed: {', '.join(_OF_SIZE)}" for key in part if key not in _OF_SIZE
+                f"{path}: {name}.{shown_key(key)}: unknown key; allowed: {', '.join(_OF_SIZE)}"
+                for key in part
+                if key not in _OF_SIZE
             ]
         for layer in (raw, raw.get(chosen, {})):
             if not isinstance(layer, dict):
@@ -88,9 +91,9 @@ def read_layers(file: Path, *, size: str | None, overrides: Mapping[str, Value])
                 settings |= flat
                 origin |= dict.fromkeys(flat, str(path))
             else:
-                problems.append(f"{path}: config: got {table!r}; wanted a table of settings")
+                problems.append(f"{path}: config: got {shortened(table)}; wanted a table of settings")
             if not isinstance(note, str):
-                problems.append(f"{path}: note: got {note!r}; wanted text")
+                problems.append(f"{path}: note: got {shortened(note)}; wanted text")
             elif note:
                 notes.append(note)
             own = {key: value for key, value in layer.items() if key not in ("base", "note", "config", *SIZES)}
@@ -118,8 +121,8 @@ def _chain(file: Path, problems: list[str]) -> list[tuple[Path, dict[str, Any]]]
             break
         seen.add(path.resolve())
         try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raw = read_toml_file(path)
+        except (OSError, ValueError) as error:
             problems.append(f"{path}: cannot be read as TOML: {error}")
             raw = {}
         found.append((path, raw))
@@ -127,8 +130,8 @@ def _chain(file: Path, problems: list[str]) -> list[tuple[Path, dict[str, Any]]]
             path = beside if beside.exists() else None
             continue
         named = raw.get("base")
-        if named is not None and not isinstance(named, str):
-            problems.append(f"{path}: base: got {named!r}; wanted the path of a file, from this one's folder")
+        if named is not None and not (isinstance(named, str) and named.isprintable()):
+            problems.append(f"{path}: base: got {shortened(named)}; wanted the path of a file, from this one's folder")
             named = None
         path = path.parent / named if named else None
     return found[::-1]

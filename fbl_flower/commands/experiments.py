@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fbl_flower.commands.experiment_files import read_layers
-from fbl_flower.config import AUTO, RunConfig, Value, flatten, parse_config, to_toml
+from fbl_flower.config import AUTO, RunConfig, Value, flatten, parse_config, shortened, to_toml
 from fbl_flower.data.info import DATASETS
 from fbl_flower.data.sources import files_digest
 from fbl_flower.errors import ConfigError
@@ -21,6 +21,7 @@ from fbl_flower.generation.recipe import RECIPE
 
 KINDS = ("federation", "public-only", "synthetic-only")
 _GIVEN_BY_THE_SWEEP = ("seed", "num-threads", "output-dir", "resume", "pictures")
+_LONGEST_TITLE = 200  # characters; it is the first column of a table
 # What says where things lie or when they are saved, and changes no number of a result.
 _NO_NUMBERS = ("data.path", "state-dir", "checkpoint-every", "timeout", "prepare.timeout")
 _BUNDLED = "generator.bundled"  # no setting: the content of the generator that comes with the package, where that is used
@@ -232,10 +233,10 @@ def _read_row(file: Path, size: str | None, overrides: dict[str, Value], target:
         problems.append(f"{layers.origin.get(key, file)}: {text}")
 
     title, kind = layers.values.get("title"), layers.values.get("kind")
-    if not isinstance(title, str) or not title:
-        wrong("title", f"title: got {title!r}; wanted text")
+    if not isinstance(title, str) or not title.isprintable() or not 0 < len(title) <= _LONGEST_TITLE:
+        wrong("title", f"title: got {shortened(title)}; wanted text of one line, at most {_LONGEST_TITLE} characters")
     if kind not in KINDS:
-        wrong("kind", f"kind: got {kind!r}; allowed: {' | '.join(KINDS)}")
+        wrong("kind", f"kind: got {shortened(kind)}; allowed: {' | '.join(KINDS)}")
     for key in layers.settings:
         if key in _GIVEN_BY_THE_SWEEP:
             wrong(key, f"{key}: the sweep itself sets it; leave it out")
@@ -247,15 +248,15 @@ def _read_row(file: Path, size: str | None, overrides: dict[str, Value], target:
             wrong(problem.split(":")[0], problem)
     rounds, last = layers.values.get("report-rounds", []), config.num_server_rounds
     if not isinstance(rounds, list) or any(type(r) is not int or not 1 <= r <= last for r in rounds):
-        text = f"report-rounds: got {rounds!r}; wanted a list of whole numbers from 1 to num-server-rounds, which is {last}"
+        text = f"report-rounds: got {shortened(rounds)}; wanted a list of whole numbers from 1 to num-server-rounds, which is {last}"
         wrong("report-rounds", text)
         rounds = []
     if rounds and kind != "federation":
-        wrong("report-rounds", f"report-rounds: got {rounds!r}; only a federation has rounds")
+        wrong("report-rounds", f"report-rounds: got {shortened(rounds)}; only a federation has rounds")
     aim = layers.values.get("target-accuracy") if target is None else target
     if aim is not None and (type(aim) not in (int, float) or not 0 < aim <= 1):
         at = "--target-accuracy" if target is not None else layers.origin["target-accuracy"]
-        problems.append(f"{at}: target-accuracy: got {aim!r}; wanted a number > 0 and <= 1")
+        problems.append(f"{at}: target-accuracy: got {shortened(aim)}; wanted a number > 0 and <= 1")
     if problems:
         raise ConfigError(problems)
     return Row(

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fbl_flower.config import RunConfig, Value, flat_table, flatten, parse_config
+from fbl_flower.config import (
+    RunConfig,
+    Value,
+    flat_table,
+    flatten,
+    parse_config,
+    parse_toml,
+    read_toml_file,
+    shortened,
+    shown_key,
+)
 from fbl_flower.errors import ConfigError
 from fbl_flower.reporting.rundir import MAY_CHANGE_ON_RESUME, changed_settings
 
-_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # Flower's own pattern (flwr.common.config.parse_config_args)
+# Flower's own pattern (flwr.common.config.parse_config_args), but for the bound on keys: without it, long text takes quadratic time
+_PAIR = re.compile(r"(\S{1,100}?)=('[^']*'|\"[^\"]*\"|\S+)")
 _PATHS = ("output-dir", "state-dir", "data.path", "generator.path", "resume")
 _ROUNDS = "num-server-rounds"
 
@@ -35,9 +45,10 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Value]:
 def read_toml(path: Path) -> dict[str, Value]:
     """Read a TOML file of settings; tables become dotted keys."""
     try:
-        return flat_table(tomllib.loads(path.expanduser().read_text(encoding="utf-8-sig")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read as TOML: {error}"]) from error
+        return flat_table(read_toml_file(path.expanduser()))
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no such home directory
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError([f"{shown_key(str(path))}: cannot be read as TOML: {reason}"]) from error
 
 
 def chosen_config(arguments: Sequence[str], *, resume: Path | None = None) -> tuple[RunConfig, dict[str, Value]]:
@@ -70,7 +81,7 @@ def absolute_paths(settings: Mapping[str, Value]) -> dict[str, Value]:
     for key in _PATHS:
         value = found.get(key)
         if isinstance(value, str) and value and not value.startswith(("~", "hf://")) and (key, value) != ("resume", "auto"):
-            found[key] = os.path.abspath(value)
+            found[key] = _as_utf8(os.path.abspath(value))
     return found
 
 
@@ -79,25 +90,30 @@ def _scan(arguments: Sequence[str]) -> tuple[dict[str, Value], list[str]]:
     found: dict[str, Value] = {}
     problems: list[str] = []
     for raw in arguments:
-        argument = raw.encode("utf-8", "surrogateescape").decode(
-            "utf-8", "backslashreplace"
-        )  # an ASCII locale leaves other bytes undecoded
+        argument = _as_utf8(raw)
         if argument.strip().endswith(".toml") and "=" not in argument:
             try:
                 found |= read_toml(Path(argument.strip()))
             except ConfigError as error:
                 problems += error.problems
             continue
-        for rest in _PAIR.sub("", argument).split():
-            problems.append(f"-c: got {rest!r}; wanted key=value, without spaces around the '='")
-        for key, text in _PAIR.findall(argument):
+        pieces = _PAIR.split(argument)  # text, key, value, text, key, value, ..., text
+        for rest in " ".join(pieces[::3]).split():
+            problems.append(f"-c: got {shortened(rest)}; wanted key=value, without spaces around the '='")
+        for key, text in zip(pieces[1::3], pieces[2::3], strict=True):
             try:
-                found |= flat_table(tomllib.loads(f"{key} = {text}"))
-            except tomllib.TOMLDecodeError:
+                found |= flat_table(parse_toml(f"{key} = {text}"))
+            except ValueError:
+                shown = text if len(text) <= 80 and text.isprintable() else shortened(text)
                 problems.append(
-                    f"{key}: got {text}, which is no TOML value; wanted true, false, a number, or text in quotes ('{text}')"
+                    f"{shown_key(key)}: got {shown}, which is no TOML value; wanted true, false, a number, or text in quotes ('{shown}')"
                 )
     return found, problems
+
+
+def _as_utf8(text: str) -> str:
+    """Decode what an ASCII locale has left undecoded in an argument or a path."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _resumed(folder: Path, asked: dict[str, Value]) -> dict[str, Value]:
@@ -107,7 +123,7 @@ def _resumed(folder: Path, asked: dict[str, Value]) -> dict[str, Value]:
     settings = read_toml(file)
     may_change = sorted(MAY_CHANGE_ON_RESUME - {_ROUNDS, "resume"})
     problems = [
-        f"{key}: got {now!r}; the run to resume has {then!r}. Of its settings, {_ROUNDS} may be raised, and {', '.join(may_change)} may change"
+        f"{key}: got {shortened(now)}; the run to resume has {shortened(then)}. Of its settings, {_ROUNDS} may be raised, and {', '.join(may_change)} may change"
         for key, (then, now) in changed_settings(settings, settings | asked).items()
     ]
     rounds, before = asked.get(_ROUNDS), settings.get(_ROUNDS)

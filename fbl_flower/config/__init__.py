@@ -4,7 +4,10 @@ Every field of `RunConfig` and its sections is a run-config key: `TrainConfig.le
 default in `pyproject.toml` and its line in docs/configuration.md are the same; a test compares them.
 """
 
+from fbl_flower.config.options import Limits as Limits
 from fbl_flower.config.options import Value as Value
+from fbl_flower.config.options import shortened as shortened
+from fbl_flower.config.options import shown_key as shown_key
 from fbl_flower.config.parsing import Setting as Setting
 from fbl_flower.config.parsing import flatten as flatten
 from fbl_flower.config.parsing import parse_config as parse_config
@@ -24,6 +27,8 @@ from fbl_flower.config.sections import ModelConfig as ModelConfig
 from fbl_flower.config.sections import TrainConfig as TrainConfig
 from fbl_flower.config.sections import WarmStartConfig as WarmStartConfig
 from fbl_flower.config.toml import flat_table as flat_table
+from fbl_flower.config.toml import parse_toml as parse_toml
+from fbl_flower.config.toml import read_toml_file as read_toml_file
 from fbl_flower.config.toml import to_toml as to_toml
 from fbl_flower.config.tree import RunConfig as RunConfig
 from fbl_flower.config.tree import rounded_up as rounded_up

@@ -8,6 +8,9 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from fbl_flower.config.options import shortened
+from fbl_flower.config.toml import read_text
+
 
 def read_class_names(text: str) -> tuple[str, ...]:
     """Return the names in a value of `data.classes`, in Unicode's form NFC; none where it is empty.
@@ -15,17 +18,20 @@ def read_class_names(text: str) -> tuple[str, ...]:
     Between commas, blanks around a name are no part of it. A JSON list keeps each name as it is.
 
     Raises:
-        ValueError: It begins like a JSON list, and is none of texts.
+        ValueError: It begins like a JSON list, and is none of texts; or a name has a NUL.
     """
     text = unicodedata.normalize("NFC", text.strip())
     if not text.startswith("["):
         return tuple(name.strip() for name in text.split(",")) if text else ()
     try:
         names = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{text!r}, which begins like a JSON list and is none ({error})") from error
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, json.JSONDecodeError) else "lists within lists, or a huge number"
+        raise ValueError(f"{shortened(text)}, which begins like a JSON list and is none ({reason})") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{text!r}, a JSON list that holds more than texts")
+        raise ValueError(f"{shortened(text)}, a JSON list that holds more than texts")
+    if odd := next((name for name in names if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in name)), None):
+        raise ValueError(f"{shortened(text)}, with the name {shortened(odd)}, which no file can have")
     return tuple(unicodedata.normalize("NFC", name) for name in names)  # a JSON escape may hold any letter
 
 
@@ -42,14 +48,15 @@ def expand_class_file(text: str) -> str:
     """
     if not text.startswith("@"):
         return text
-    file = Path(os.fsdecode(text[1:].strip().encode("utf-8", "surrogateescape"))).expanduser()
     try:
-        content = file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error
-        raise ValueError(f"{text!r}, a file that cannot be read ({reason})") from error
+        file = Path(os.fsdecode(text[1:].strip().encode("utf-8", "surrogateescape"))).expanduser()
+        content = read_text(file)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no such home directory
+        raise ValueError(
+            f"{shortened(text)}, a file that cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
     lines = (line.strip() for line in content.split("\n"))
     names = read_class_names(content) if content.lstrip().startswith("[") else [line for line in lines if line]
     if not names:
-        raise ValueError(f"{text!r}, a file without names")
+        raise ValueError(f"{shortened(text)}, a file without names")
     return write_class_names(names)

@@ -15,6 +15,7 @@ class PrepareConfig:
         3600.0,
         "seconds that the nodes have to come, and then their clients to get ready; who comes later joins a later round",
         above=0.0,
+        high=1e8,
     )
     quorum: float = option(
         0.0, "share of the clients that must be ready before round 1, and at least one; else the run fails", low=0.0, high=1.0

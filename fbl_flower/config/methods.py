@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from fbl_flower.config.options import option
+from fbl_flower.config.options import option, shortened
 
 METHODS = ("fedavg", "fedprox", "moon", "scaffold", "fedgen", "logit-adjustment", "fedlc", "feddyn")
 CAPABILITIES = ("full", "rich", "none")
@@ -24,50 +24,50 @@ class MethodConfig:
 class FedProxConfig:
     """FedProx (Li et al., arXiv 1812.06127)."""
 
-    mu: float = option(0.01, "weight of the squared distance to the global model; 0: FedAvg", low=0.0)
+    mu: float = option(0.01, "weight of the squared distance to the global model; 0: FedAvg", low=0.0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoonConfig:
     """MOON (Li et al., arXiv 2103.16257)."""
 
-    mu: float = option(1.0, "weight of the model-contrastive loss; 0: FedAvg", low=0.0)
-    temperature: float = option(0.5, "tau, temperature of the contrast", above=0.0)
+    mu: float = option(1.0, "weight of the model-contrastive loss; 0: FedAvg", low=0.0, high=1e6)
+    temperature: float = option(0.5, "tau, temperature of the contrast", above=0.0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaffoldConfig:
     """SCAFFOLD (Karimireddy et al., arXiv 1910.06378), Option II: plain SGD, so no train.momentum and no train.clip-norm."""
 
-    learning_rate: float = option(0.0, "eta_l, step size of its clients' plain SGD; 0: train.learning-rate", low=0.0)
-    server_learning_rate: float = option(1.0, "eta_g, step size of the server", above=0.0)
+    learning_rate: float = option(0.0, "eta_l, step size of its clients' plain SGD; 0: train.learning-rate", low=0.0, high=1e6)
+    server_learning_rate: float = option(1.0, "eta_g, step size of the server", above=0.0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedGenConfig:
     """FedGen (Zhu et al., arXiv 2105.10056). Its clients send their label counts."""
 
-    latent_weight: float = option(1.0, "weight of the loss on generated features; 0: FedAvg", low=0.0)
-    diversity: float = option(1.0, "weight of the generator's diversity loss", low=0.0)
-    learning_rate: float = option(3e-4, "step size of the generator (Adam)", above=0.0)
-    steps: int = option(50, "steps of the generator in a round", low=1)
-    batch_size: int = option(32, "features per step of the generator", low=2)
-    hidden_width: int = option(256, "hidden units of the generator", low=1)
-    noise_width: int = option(32, "numbers of noise for each feature vector", low=1)
+    latent_weight: float = option(1.0, "weight of the loss on generated features; 0: FedAvg", low=0.0, high=1e6)
+    diversity: float = option(1.0, "weight of the generator's diversity loss", low=0.0, high=1e6)
+    learning_rate: float = option(3e-4, "step size of the generator (Adam)", above=0.0, high=1e6)
+    steps: int = option(50, "steps of the generator in a round", low=1, high=1_000_000)
+    batch_size: int = option(32, "features per step of the generator", low=2, high=4096)
+    hidden_width: int = option(256, "hidden units of the generator", low=1, high=8192)
+    noise_width: int = option(32, "numbers of noise for each feature vector", low=1, high=8192)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitAdjustmentConfig:
     """Logit adjustment (Menon et al., arXiv 2007.07314), by each client's own label counts."""
 
-    tau: float = option(1.0, "weight of the log counts; 1: balanced softmax; 0: FedAvg", low=0.0)
+    tau: float = option(1.0, "weight of the log counts; 1: balanced softmax; 0: FedAvg", low=0.0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedLCConfig:
     """FedLC (Zhang et al., arXiv 2209.00189)."""
 
-    tau: float = option(1.0, "weight of the calibration of logits; 0: FedAvg", low=0.0)
+    tau: float = option(1.0, "weight of the calibration of logits; 0: FedAvg", low=0.0, high=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,10 @@ class FedDynConfig:
     """FedDyn (Acar et al., arXiv 2111.04263)."""
 
     alpha: float = option(
-        0.01, "weight of the dynamic regulariser; 0: FedAvg; 0.01 is that of the authors' example for CIFAR-10", low=0.0
+        0.01,
+        "weight of the dynamic regulariser; 0: FedAvg; 0.01 is that of the authors' example for CIFAR-10",
+        low=0.0,
+        high=1e6,
     )
 
 
@@ -90,7 +93,10 @@ class ClientsConfig:
         0.0, "share of clients that cannot generate: they train on their own data as it is", low=0.0, high=1.0
     )
     no_generator_learning_rate: float = option(
-        0.0, "step size of clients that cannot generate, also where a node states it; 0: train.learning-rate", low=0.0
+        0.0,
+        "step size of clients that cannot generate, also where a node states it; 0: train.learning-rate",
+        low=0.0,
+        high=1e6,
     )
     methods: str = option("", "shares of clients with another method than method.name, such as 'fedprox=0.3, moon=0.2'")
 
@@ -110,14 +116,14 @@ def method_shares(text: str) -> list[tuple[str, float]]:
         except ValueError:
             share = math.nan
         if not separator or name not in METHODS or not 0 <= share <= 1:
-            problems.append(f"got {item.strip()!r}")
+            problems.append(f"got {shortened(item.strip(), 40)}")
         elif name in dict(shares):
             problems.append(f"got {name!r} twice")
         else:
             shares.append((name, share))
     if problems:
         raise ValueError(
-            f"clients.methods: {', '.join(problems)}; allowed: method=share between commas, methods {' | '.join(METHODS)}, each once, "
+            f"clients.methods: {', '.join(problems[:3])}{', ...' if len(problems) > 3 else ''}; allowed: method=share between commas, methods {' | '.join(METHODS)}, each once, "
             "shares 0 .. 1"
         )
     if (total := sum(share for _, share in shares)) > 1 + 1e-9:

@@ -26,14 +26,19 @@ class DataConfig:
     classes: str = option(
         "",
         "names in the order of the labels, for folder and parquet: between commas, as a JSON list, or @FILE with a name per line",
+        longest=1_000_000,
     )
     image_size: int = option(0, "height and width in pixels; 0: as the data set has it", low=0, high=1024)
     channels: int = option(0, "1: grey, 3: colour; 0: as the data set has it, and 3 for folder", low=0, high=3)
     background: str = option("white", "ground that transparent images are laid over: white | black | #rrggbb")
-    num_test: int = option(-1, "test images, for the server; -1: the data set's own number", low=-1)
-    num_public: int = option(-1, "public images, owned by no client; -1: the data set's own number", low=-1)
-    num_validation: int = option(-1, "of the public images, those kept for tuning; -1: the data set's own number", low=-1)
-    num_private: int = option(-1, "images of all clients together; -1: the data set's own number, or all that are left", low=-1)
+    num_test: int = option(-1, "test images, for the server; -1: the data set's own number", low=-1, high=1_000_000_000)
+    num_public: int = option(-1, "public images, owned by no client; -1: the data set's own number", low=-1, high=1_000_000_000)
+    num_validation: int = option(
+        -1, "of the public images, those kept for tuning; -1: the data set's own number", low=-1, high=1_000_000_000
+    )
+    num_private: int = option(
+        -1, "images of all clients together; -1: the data set's own number, or all that are left", low=-1, high=1_000_000_000
+    )
     partition: str = option(
         "dirichlet",
         "what differs between clients: the mixture of classes, nothing, which classes they have, or their size",
@@ -42,8 +47,10 @@ class DataConfig:
     alpha: float = option(
         0.1, "concentration of the partitions dirichlet and quantity: smaller is more skewed", above=0.0, high=1e6
     )
-    classes_per_client: int = option(2, "classes of each client, in the partition classes", low=1)
-    noise: float = option(0.0, "standard deviation of Gaussian noise on private images, whose pixels are 0 .. 1", low=0.0)
+    classes_per_client: int = option(2, "classes of each client, in the partition classes", low=1, high=100_000)
+    noise: float = option(
+        0.0, "standard deviation of Gaussian noise on private images, whose pixels are 0 .. 1", low=0.0, high=100.0
+    )
     wrong_labels: float = option(0.0, "share of private images that get the label of another class", low=0.0, high=1.0)
     evaluate_on: str = option(
         "test", "images that the accuracy is measured on; settings are tuned on validation", choices=("test", "validation")
@@ -79,7 +86,10 @@ class ModelConfig:
         high=256,
     )
     projection_width: int = option(
-        0, "outputs of two more layers before the last one, for every method, as MOON's paper has 256; 0: none", low=0
+        0,
+        "outputs of two more layers before the last one, for every method, as MOON's paper has 256; 0: none",
+        low=0,
+        high=8192,
     )
 
 
@@ -87,9 +97,9 @@ class ModelConfig:
 class TrainConfig:
     """Local training on a client: stochastic gradient descent."""
 
-    epochs: int = option(2, "passes over the client's balanced data in a round", low=1)
-    batch_size: int = option(32, "images per step", low=1)
-    learning_rate: float = option(0.1, "step size of the model: the largest of the schedule", above=0.0)
+    epochs: int = option(2, "passes over the client's balanced data in a round", low=1, high=10_000)
+    batch_size: int = option(32, "images per step", low=1, high=65_536)
+    learning_rate: float = option(0.1, "step size of the model: the largest of the schedule", above=0.0, high=1e6)
     schedule: str = option(
         "one-cycle",
         "learning rate over the rounds: constant, a cosine to zero, or a rise in the first 30 % and then the cosine",
@@ -97,8 +107,8 @@ class TrainConfig:
     )
     momentum: float = option(0.9, "momentum, from zero again in each round", low=0.0, high=0.999)
     nesterov: bool = option(True, "Nesterov's form of the momentum, where there is any")
-    weight_decay: float = option(5e-4, "L2 penalty of the model's weights", low=0.0)
-    clip_norm: float = option(5.0, "largest gradient norm of the model; 0: no clipping", low=0.0)
+    weight_decay: float = option(5e-4, "L2 penalty of the model's weights", low=0.0, high=1e6)
+    clip_norm: float = option(5.0, "largest gradient norm of the model; 0: no clipping", low=0.0, high=1e6)
     augment: bool = option(True, "random shifts (and flips, for photographs), drawn anew for each batch")
     precision: str = option(
         "auto", "auto: bf16 where the machine has it in hardware, else fp32", choices=("auto", "fp32", "bf16")
@@ -129,7 +139,9 @@ class BalancingConfig:
     sampling: str = option(
         "loss", "knowledge sampling: which images of an excessive class stay", choices=("loss", "random", "none")
     )
-    replay_period: int = option(5, "server rounds after which a client chooses its images anew; 0: never", low=0)
+    replay_period: int = option(
+        5, "server rounds after which a client chooses its images anew; 0: never", low=0, high=1_000_000
+    )
     replay: str = option(
         "rank",
         "what a replay does: rank: choose all kept images again by loss; swap: exchange only the share replay-ratio of them",
@@ -138,7 +150,7 @@ class BalancingConfig:
     replay_ratio: float = option(0.1, "gamma, the share of replayed images among the kept of a class", low=0.0, high=1.0)
     alignment: bool = option(True, "knowledge alignment: learn a vector per class that moves synthetic onto real features")
     drop: float = option(0.5, "knowledge drop: probability that a synthetic image loses its vector", low=0.0, high=1.0)
-    embedding_learning_rate: float = option(0.05, "step size of the alignment vectors", low=0.0)
+    embedding_learning_rate: float = option(0.05, "step size of the alignment vectors", low=0.0, high=1e6)
     synthetic_weight: float = option(
         1.0, "weight of a synthetic image in the training loss, beside 1 for a real one", low=0.0, high=1.0
     )
@@ -166,12 +178,15 @@ class GeneratorConfig:
     guidance: float = option(
         0.0, "classifier-free guidance; 0: the generator's own, 1: none; nothing between the two", low=0.0, high=20.0
     )
-    batch_size: int = option(32, "images generated together; fewer where memory is short", low=1)
-    memory_limit: int = option(0, "MiB for the images that are made together; 0: half of the free memory", low=0)
+    batch_size: int = option(32, "images generated together; fewer where memory is short", low=1, high=65_536)
+    memory_limit: int = option(
+        0, "MiB for the images that are made together; 0: half of the free memory", low=0, high=100_000_000
+    )
     time_budget: float = option(
         0.0,
         "seconds that a client may generate at the start of a run; what is missing then is kept in real images; 0: no limit",
         low=0.0,
+        high=1e8,
     )
     resolution: int = option(
         0, "text-to-image: height and width that the model makes, a multiple of 8; 0: what it was trained for", low=0, high=2048
@@ -187,6 +202,7 @@ class GeneratorConfig:
     class_words: str = option(
         "",
         "text-to-image: what single classes are called in prompts, 'crane: white crane, bird | nail: iron nail'; empty: as they are",
+        longest=1_000_000,
     )
     image_to_image: bool = option(
         False, "text-to-image: start scarce classes from the client's own images; the results stay on the client"
@@ -209,18 +225,22 @@ class GeneratorConfig:
 class FederatedGeneratorConfig:
     """How the clients train a generator together, on their own images, before they are balanced."""
 
-    rounds: int = option(30, "rounds of training", low=1)
+    rounds: int = option(30, "rounds of training", low=1, high=1_000_000)
     fraction_train: float = option(0.5, "share of the clients that train in a round", above=0.0, high=1.0)
-    epochs: int = option(4, "passes over a client's images in a round", low=1)
-    batch_size: int = option(32, "images per step", low=1)
-    learning_rate: float = option(1e-3, "step size of AdamW in the first round; a cosine over the rounds lowers it", above=0.0)
+    epochs: int = option(4, "passes over a client's images in a round", low=1, high=10_000)
+    batch_size: int = option(32, "images per step", low=1, high=65_536)
+    learning_rate: float = option(
+        1e-3, "step size of AdamW in the first round; a cosine over the rounds lowers it", above=0.0, high=1e6
+    )
     average: float = option(
         0.8, "largest decay of the average over rounds, which becomes the generator; 0: the last round's", low=0.0, high=0.9999
     )
     optimizer_state: str = option(
         "reset", "AdamW's moments: zero again in each round, or kept by each client", choices=("reset", "kept")
     )
-    proximal: float = option(0.0, "weight mu of FedProx's term, half the squared distance to the global weights", low=0.0)
+    proximal: float = option(
+        0.0, "weight mu of FedProx's term, half the squared distance to the global weights", low=0.0, high=1e6
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,9 +270,11 @@ class WarmStartConfig:
         "what it is trained on: images of the server's generator, or all public ones",
         choices=("synthetic", "public"),
     )
-    num_images: int = option(0, "synthetic images; 0: as many as the clients have real ones together", low=0)
-    epochs: int = option(20, "passes over them", low=1)
-    learning_rate: float = option(0.0, "step size of that training; 0: train.learning-rate", low=0.0)
+    num_images: int = option(
+        0, "synthetic images; 0: as many as the clients have real ones together", low=0, high=1_000_000_000
+    )
+    epochs: int = option(20, "passes over them", low=1, high=10_000)
+    learning_rate: float = option(0.0, "step size of that training; 0: train.learning-rate", low=0.0, high=1e6)
 
     @property
     def generates(self) -> bool:

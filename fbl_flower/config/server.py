@@ -16,10 +16,10 @@ class ServerConfig:
         "server optimizer: momentum is FedAvgM (arXiv 1909.06335), adam is FedAdam (arXiv 2003.00295)",
         choices=("none", "momentum", "adam"),
     )
-    learning_rate: float = option(1.0, "step size of the server optimizer", above=0.0)
+    learning_rate: float = option(1.0, "step size of the server optimizer", above=0.0, high=1e6)
     momentum: float = option(0.9, "momentum of the server optimizer; beta1 of adam", low=0.0, high=0.999)
     beta2: float = option(0.99, "adam: decay of the squared steps", low=0.0, high=0.9999)
-    tau: float = option(1e-3, "adam: what is added to the root of the squared steps", above=0.0)
+    tau: float = option(1e-3, "adam: what is added to the root of the squared steps", above=0.0, high=1e6)
     average: float = option(
         0.0,
         "largest decay of an exponential average of the global model, which is evaluated beside it; 0: none",
@@ -36,11 +36,14 @@ class ServerTuningConfig:
         "none", "what the server trains: nothing, the last layer on frozen features, or all", choices=("none", "head", "model")
     )
     every: int = option(
-        0, "tune after every so many rounds, and go on from the tuned model; 0: only after the last round", low=0
+        0,
+        "tune after every so many rounds, and go on from the tuned model; 0: only after the last round",
+        low=0,
+        high=1_000_000,
     )
-    num_images: int = option(1000, "synthetic images, as many of each class", low=1)
-    epochs: int = option(5, "passes over them in one tuning", low=1)
-    learning_rate: float = option(0.0, "step size of the tuning; 0: train.learning-rate", low=0.0)
+    num_images: int = option(1000, "synthetic images, as many of each class", low=1, high=1_000_000_000)
+    epochs: int = option(5, "passes over them in one tuning", low=1, high=10_000)
+    learning_rate: float = option(0.0, "step size of the tuning; 0: train.learning-rate", low=0.0, high=1e6)
 
     @property
     def generates(self) -> bool:

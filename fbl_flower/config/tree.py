@@ -21,7 +21,7 @@ from fbl_flower.config.methods import (
     client_problems,
     method_shares,
 )
-from fbl_flower.config.options import option
+from fbl_flower.config.options import LARGEST_INT, option, shortened
 from fbl_flower.config.privacy import PrivacyConfig, privacy_problems
 from fbl_flower.config.sections import (
     AUTO,
@@ -45,20 +45,24 @@ from fbl_flower.config.server import ServerConfig, ServerTuningConfig
 class RunConfig:
     """A whole run."""
 
-    seed: int = option(0, "one number from which every random choice follows", low=0)
-    num_server_rounds: int = option(5, "rounds of training; 0: the clients only train a generator together", low=0)
-    num_clients: int = option(10, "clients of the federation, spread over the nodes that connect", low=1)
+    seed: int = option(0, "one number from which every random choice follows", low=0, high=LARGEST_INT)
+    num_server_rounds: int = option(
+        5, "rounds of training; 0: the clients only train a generator together", low=0, high=1_000_000
+    )
+    num_clients: int = option(10, "clients of the federation, spread over the nodes that connect", low=1, high=100_000)
     fraction_train: float = option(0.5, "share of the clients that train in a round", above=0.0, high=1.0)
-    output_dir: str = option("~/.fbl/runs", "folder of the run directories, on the server")
-    state_dir: str = option("~/.fbl", "folder for image cache and client state, on each client")
+    output_dir: str = option("~/.fbl/runs", "folder of the run directories, on the server", empty=False)
+    state_dir: str = option("~/.fbl", "folder for image cache and client state, on each client", empty=False)
     resume: str = option(
         "",
         "run directory of a killed run to go on with; auto: the newest unfinished one in output-dir with these settings, if any",
     )
-    checkpoint_every: int = option(5, "rounds between checkpoints; the last round always has one", low=1)
+    checkpoint_every: int = option(5, "rounds between checkpoints; the last round always has one", low=1, high=1_000_000)
     pictures: bool = option(True, "draw the run's pictures at its end")
-    timeout: float = option(3600.0, "seconds that the server waits for the clients in a round", above=0.0)
-    num_threads: int = option(1, "torch's threads per client and for the server; part of what makes a run repeatable", low=1)
+    timeout: float = option(3600.0, "seconds that the server waits for the clients in a round", above=0.0, high=1e8)
+    num_threads: int = option(
+        1, "torch's threads per client and for the server; part of what makes a run repeatable", low=1, high=1024
+    )
     device: str = option("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -108,21 +112,23 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
         try:
             Path(place).expanduser()
         except RuntimeError:
-            found.append(((key,), f"{key}: got {place!r}; this machine knows no such home directory; give the whole path"))
+            found.append(
+                ((key,), f"{key}: got {shortened(place)}; this machine knows no such home directory; give the whole path")
+            )
     if d.name in (*OWN, "tiny-imagenet") and not d.path:
         text = f"data.path: empty; the data set {d.name!r} needs the path of its images (see docs/data.md)"
         found.append((("data.name", "data.path"), text))
     if d.name in PACKAGED and d.path:
-        text = f"data.path: got {d.path!r}; the data set {d.name!r} comes with a package and takes no path"
+        text = f"data.path: got {shortened(d.path)}; the data set {d.name!r} comes with a package and takes no path"
         found.append((("data.name", "data.path"), text))
     if d.name not in OWN and d.class_names:
-        text = f"data.classes: got {d.classes!r}; the data set {d.name!r} has its own; allowed with {' | '.join(OWN)}"
+        text = f"data.classes: got {shortened(d.classes)}; the data set {d.name!r} has its own; allowed with {' | '.join(OWN)}"
         found.append((("data.name", "data.classes"), text))
     if "" in d.class_names or len(set(d.class_names)) < len(d.class_names):
-        text = f"data.classes: got {d.classes!r}; allowed: names, none empty and none twice; names with commas go in a JSON list or @FILE"
+        text = f"data.classes: got {shortened(d.classes)}; allowed: names, none empty and none twice; names with commas go in a JSON list or @FILE"
         found.append((("data.classes",), text))
     if not re.fullmatch(r"white|black|#[0-9a-fA-F]{6}", d.background):
-        text = f"data.background: got {d.background!r}; allowed: white | black | #rrggbb"
+        text = f"data.background: got {shortened(d.background)}; allowed: white | black | #rrggbb"
         found.append((("data.background",), text))
     if d.channels == 2:
         found.append((("data.channels",), "data.channels: got 2; allowed: 0 | 1 | 3"))

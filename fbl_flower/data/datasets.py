@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from fbl_flower.data.info import DATASETS, DataInfo
 from fbl_flower.data.readers.source import Source
 from fbl_flower.data.sources import Keys, find_source, newest_change, read_source
 from fbl_flower.errors import ConfigError, DataError
+from fbl_flower.free_memory import free_bytes, is_out_of_memory
 
 __all__ = ["DATASETS", "DataInfo", "DataParts", "forget_parts", "load_parts", "scored_part"]
 
+_MOST_PIXELS = 2**28  # that are resized together: 1 GiB as floats
 _READ = (
     "name",
     "path",
@@ -87,6 +90,12 @@ def load_parts(config: DataConfig) -> DataParts:
     try:
         path = find_source(config)
         return _load_parts(asked, path, newest_change(path) if path else 0)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            ["data.image-size: the images do not fit into memory; choose smaller ones, or fewer (data.num-private)"]
+        ) from error
     except OSError as error:
         place = config.path or error.filename
         raise DataError(
@@ -177,6 +186,14 @@ class _Sizes:
             private=None if config.num_private < 0 else config.num_private,
         )
 
+    @staticmethod
+    def keys_set(config: DataConfig) -> str:
+        """Return the keys of the sizes that the user has set; of all, where each is the data set's own."""
+        sizes = {"num-test": config.num_test, "num-public": config.num_public, "num-private": config.num_private}
+        return ", ".join(f"data.{key}" for key, number in sizes.items() if number >= 0) or ", ".join(
+            f"data.{key}" for key in sizes
+        )
+
 
 def _cut(config: DataConfig, info: DataInfo, source: Source, keys: Keys) -> DataParts:
     """Take the parts out of the images one after the other: test, public, validation, private."""
@@ -196,7 +213,7 @@ def _cut(config: DataConfig, info: DataInfo, source: Source, keys: Keys) -> Data
     if num_private < 1 or num_private > rest:
         num_usable = len(order) + (len(test) if _cuts_test(source, keys) else 0)
         problems.append(
-            f"data: {asked.test} test, {asked.public} public and {num_private} private images asked for; {config.name} has {num_usable} for "
+            f"{_Sizes.keys_set(config)}: {asked.test} test, {asked.public} public and {num_private} private images asked for; {config.name} has {num_usable} for "
             "those parts, and at least one must be private" + (f" ({copies})" if copies else "")
         )
     if problems:
@@ -217,6 +234,9 @@ def _cut(config: DataConfig, info: DataInfo, source: Source, keys: Keys) -> Data
             )
     if len(private) == 0:
         raise ConfigError([f"data.num-private: no private image is left ({'; '.join(notes)}). Give the clients more images"])
+
+    channels = source.train.images.shape[1]
+    _check_memory((test, public, validation, private), channels=channels, size=size)
 
     def images(part: _Order) -> Examples:
         return _resized(source.train.take(torch.from_numpy(part.index)), size)
@@ -279,10 +299,24 @@ def _ordered(labels: np.ndarray, keys: np.ndarray, *, class_balanced: bool) -> _
     return _Order(index=index, group=place[group][index])
 
 
+def _piece(channels: int, size: int) -> int:
+    """Return how many images are resized together: as floats, all of a large data set, or a few huge ones, may not fit."""
+    return max(1, min(4096, _MOST_PIXELS // (channels * size**2)))
+
+
+def _check_memory(parts: Sequence[Examples | _Order], *, channels: int, size: int) -> None:
+    """Refuse images that cannot fit into the memory that is free, before they fill it."""
+    number = sum(len(part) for part in parts)
+    needed, free = number * channels * size**2, free_bytes()
+    if free is not None and needed > free:
+        text = f"data.image-size: {number} images of {size} x {size} pixels take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; choose smaller ones, or fewer"
+        raise ConfigError([text])
+
+
 def _resized(examples: Examples, size: int) -> Examples:
     if len(examples) == 0:
         return replace(examples, images=examples.images.new_zeros(0, examples.images.shape[1], size, size))
     if examples.images.shape[-1] == size:
         return examples
-    pieces = examples.images.split(4096)  # as floats, a large data set may not fit
+    pieces = examples.images.split(_piece(examples.images.shape[1], size))
     return replace(examples, images=torch.cat([antialiased(piece, size) for piece in pieces]))

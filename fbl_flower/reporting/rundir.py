@@ -32,7 +32,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fbl_flower.config import RunConfig, flat_table, flatten, to_toml
+from fbl_flower.config import RunConfig, flat_table, flatten, read_toml_file, to_toml
 from fbl_flower.errors import ConfigError, StateError
 from fbl_flower.params import Arrays
 from fbl_flower.whole_file import replacing
@@ -142,12 +142,10 @@ class RunDirectory:
             ConfigError: A setting that decides the results differs from the first part's.
             StateError: There is no folder, no checkpoint, or it is damaged or of other data. The folder is left as it was.
         """
-        import tomllib
-
         run = cls(Path(config.resume).expanduser().resolve())
         try:
             before = run.read_settings()
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise StateError(f"resume: {run.path} is not the directory of a run ({error})") from error
         problems = [
             f"{key}: got {now!r}; the run to resume has {then!r}, and it decides the results"
@@ -179,9 +177,7 @@ class RunDirectory:
 
     def read_settings(self) -> dict[str, Any]:
         """Return the settings with which the run was started."""
-        import tomllib
-
-        return flat_table(tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8")))
+        return flat_table(read_toml_file(self.path / "config.toml"))
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one line of JSON to a file."""

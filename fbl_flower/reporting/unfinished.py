@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +62,7 @@ def _newest_unfinished(config: RunConfig) -> Path | None:
             summary = folder / "summary.json"
             ended = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {"status": "not ended"}
             completed = ended["status"] == "completed" and ended["rounds"] == settings["num-server-rounds"]
-        except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, KeyError):
+        except (OSError, ValueError, KeyError):
             continue  # no run of ours
         as_long = settings.get("num-server-rounds") == config.num_server_rounds
         if not completed and as_long and not changed_settings(settings, wanted) and run.knows_its_data():
