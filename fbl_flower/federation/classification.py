@@ -14,7 +14,7 @@ import torch
 from flwr.app import RecordDict
 from flwr.common.logger import log
 
-from fbl_flower.config import NOT_PRIVATE, RunConfig
+from fbl_flower.config import NOT_PRIVATE, NOT_ROBUST, RunConfig
 from fbl_flower.data.datasets import DataParts, scored_part
 from fbl_flower.device import pick_device
 from fbl_flower.errors import RunFailed
@@ -132,6 +132,8 @@ class Classification:
         update = update_of(reply, self._roles[client])
         if self._config.privacy.clip_norm and update.method in NOT_PRIVATE:
             return f"its method, {update.method}, does not work with privacy.clip-norm"
+        if self._config.aggregation.rule != "mean" and update.method in NOT_ROBUST:
+            return f"its method, {update.method}, does not work with aggregation.rule = {self._config.aggregation.rule!r}"
         if lacks_arrays(update, point.method_state):
             return f"it did not send the arrays of its method, {update.method}"
         return ""
