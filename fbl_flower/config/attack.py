@@ -15,7 +15,7 @@ ATTACKS = ("none", "scale", "sign-flip", "label-flip", "noise")
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig:
-    """Clients that play attackers, for experiments (docs/robustness.md). A node with images of its own refuses such a run."""
+    """Clients that play attackers, for experiments (docs/methods.md). A node with images of its own refuses such a run."""
 
     kind: str = option(
         "none", "what they send in place of their model, or label-flip: labels c become C - 1 - c", choices=ATTACKS

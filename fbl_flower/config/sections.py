@@ -226,7 +226,7 @@ class FederatedGeneratorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationConfig:
-    """How the clients' models become one: FedAvg's mean, or a rule that a few hostile clients cannot move far (docs/robustness.md)."""
+    """How the clients' models become one: FedAvg's mean, or a rule that a few hostile clients cannot move far (docs/methods.md)."""
 
     weight_by: str = option(
         "balanced",
