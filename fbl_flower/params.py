@@ -44,10 +44,7 @@ def weighted_mean(parts: Sequence[Mapping[str, np.ndarray]], weights: Sequence[f
             if part.keys() != first.keys() or part[name].shape != like.shape:
                 raise ValueError(f"parameters differ between clients at {name!r}")
             accumulated += part[name].astype(np.float64) * (weight / total)
-        whole = np.issubdtype(like.dtype, np.integer)
-        mean[name] = np.asarray(
-            np.rint(accumulated) if whole else accumulated, dtype=like.dtype
-        )  # of one number NumPy makes a scalar
+        mean[name] = in_dtype_of(like, accumulated)
     return mean
 
 
@@ -66,3 +63,9 @@ def capped(weights: Sequence[float], *, largest_share: float) -> list[float]:
         number += 1
         height = largest_share * sum(above[number:]) / (1 - number * largest_share)
     return [min(weight, height) for weight in weights]
+
+
+def in_dtype_of(like: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return float64 values in the dtype of another array, rounded if that is of whole numbers."""
+    whole = np.issubdtype(like.dtype, np.integer)
+    return np.asarray(np.rint(values) if whole else values, dtype=like.dtype)  # of one number NumPy makes a scalar

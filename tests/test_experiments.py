@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SETS = sorted(
     path
     for path in (ROOT / "experiments").iterdir()
-    if path.is_dir() and not path.name.endswith("mnist5k") and "recipe" not in path.name
+    if path.is_dir() and not path.name.endswith(("mnist5k", "digits")) and "recipe" not in path.name
 )
 
 

@@ -4,6 +4,8 @@ Every field of `RunConfig` and its sections is a run-config key: `TrainConfig.le
 default in `pyproject.toml` and its line in docs/configuration.md are the same; a test compares them.
 """
 
+from fbl_flower.config.attack import NOT_ROBUST as NOT_ROBUST
+from fbl_flower.config.attack import AttackConfig as AttackConfig
 from fbl_flower.config.options import Limits as Limits
 from fbl_flower.config.options import Value as Value
 from fbl_flower.config.options import shortened as shortened

@@ -13,6 +13,7 @@ NAMED = ("cifar10", "cifar100", "tiny-imagenet", "eurosat", "fashion-mnist")
 OWN_IMAGES = "own-images"  # the generator that is none: repeats of a client's own images
 AUTO, FEDERATED = "auto", "federated"  # generators: one is found for the data set; the clients train one together
 DATA_NAMES = (*PACKAGED, *NAMED, *OWN)
+RULES = ("mean", "clipped", "trimmed-mean", "median", "krum", "geometric-median")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +246,7 @@ class FederatedGeneratorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationConfig:
-    """FedAvg: the mean of the clients' models, weighted by their number of images, or not at all."""
+    """How the clients' models become one: FedAvg's mean, or a rule that a few hostile clients cannot move far (docs/methods.md)."""
 
     weight_by: str = option(
         "balanced",
@@ -258,6 +259,12 @@ class AggregationConfig:
         above=0.0,
         high=1.0,
     )
+    rule: str = option("mean", "what is made of the clients' models", choices=RULES)
+    clip_norm: float = option(
+        0.0, "clipped: largest L2 norm of an update; 0: the median of the round's norms", low=0.0, high=1e6
+    )
+    trim: float = option(0.2, "trimmed-mean: share of the clients that is left out at each end", low=0.0, high=0.49)
+    attackers: int = option(1, "krum: hostile clients in a round, at most", low=1, high=100_000)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fbl_flower.config.attack import AttackConfig, attack_problems, rule_problems
 from fbl_flower.config.machines import PrepareConfig, TransportConfig
 from fbl_flower.config.methods import (
     ClientsConfig,
@@ -84,6 +85,7 @@ class RunConfig:
     fedlc: FedLCConfig = field(default_factory=FedLCConfig)
     feddyn: FedDynConfig = field(default_factory=FedDynConfig)
     clients: ClientsConfig = field(default_factory=ClientsConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
 
@@ -188,6 +190,17 @@ def conflicts(config: RunConfig) -> list[tuple[tuple[str, ...], str]]:
         average_embeddings=b.average_embeddings,
         batch_norm=config.model.name == "resnet18" and config.model.norm == "batch",
     )
+    cohorts = {"fraction-train": config.fraction_train} if config.num_server_rounds else {}
+    if g.name == FEDERATED:
+        cohorts["federated-generator.fraction-train"] = config.federated_generator.fraction_train
+    found += rule_problems(
+        config.aggregation,
+        cohorts={key: rounded_up(fraction, config.num_clients) for key, fraction in cohorts.items()},
+        methods=_methods(config) if config.num_server_rounds else set(),
+        average_embeddings=b.average_embeddings,
+        private=config.privacy.clip_norm > 0,
+    )
+    found += attack_problems(config.attack, num_clients=config.num_clients)
     return found + client_problems(config.clients, num_clients=config.num_clients, balancing=b.enabled)
 
 

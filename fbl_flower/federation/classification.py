@@ -14,7 +14,7 @@ import torch
 from flwr.app import RecordDict
 from flwr.common.logger import log
 
-from fbl_flower.config import NOT_PRIVATE, RunConfig
+from fbl_flower.config import NOT_PRIVATE, NOT_ROBUST, RunConfig
 from fbl_flower.data.datasets import DataParts, scored_part
 from fbl_flower.device import pick_device
 from fbl_flower.errors import RunFailed
@@ -137,6 +137,8 @@ class Classification:
         refusal = ""
         if self._config.privacy.clip_norm and method in NOT_PRIVATE:
             refusal = f"its method, {method}, does not work with privacy.clip-norm"
+        if self._config.aggregation.rule != "mean" and method in NOT_ROBUST:
+            refusal = f"its method, {method}, does not work with aggregation.rule = {self._config.aggregation.rule!r}"
         return Expected(
             arrays=point.arrays,
             precision=self._config.transport.precision,

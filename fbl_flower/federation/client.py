@@ -29,8 +29,9 @@ from fbl_flower.federation.wire import Reply, Request
 from fbl_flower.generation.federated import local_stream, train_locally
 from fbl_flower.methods.base import State
 from fbl_flower.methods.choice import local_method
-from fbl_flower.params import all_finite
+from fbl_flower.params import Arrays, all_finite
 from fbl_flower.roundstore import Record, RoundStore
+from fbl_flower.training.attack import sent_model
 from fbl_flower.training.filtering import filter_row
 from fbl_flower.training.prepare import ClientData, client_images, forget_images, prepare_client
 from fbl_flower.training.readiness import Readiness, check_unchanged, explained
@@ -117,7 +118,7 @@ def train_generator(message: Message, context: Context) -> Message:
     if result.moments:
         store.save(result.moments, server_round=request.server_round, checkpoint_round=request.checkpoint_round)
     reply = Reply(
-        arrays=shrink(result.arrays, request.arrays, precision=config.transport.precision),
+        arrays=_packed(result.arrays, config, request),
         num_examples=len(real),
         num_real=len(real),
         loss=result.loss,
@@ -189,7 +190,7 @@ def train(message: Message, context: Context) -> Message:
                 note("filter.jsonl", filter_row(data, result.state.kept_fill))
     shares = config.balancing.average_embeddings and result.state is not None
     reply = Reply(
-        arrays=shrink(result.arrays, request.arrays, precision=config.transport.precision),
+        arrays=_packed(result.arrays, config, request),
         num_examples=result.num_examples if config.aggregation.weight_by == "balanced" else result.num_real,
         num_real=result.num_real,
         loss=result.training.loss if result.training else 0.0,
@@ -201,6 +202,12 @@ def train(message: Message, context: Context) -> Message:
         extras={role.method: finished.sent} if finished.sent else {},
     )
     return Message(reply.to_record(), reply_to=message)
+
+
+def _packed(trained: Arrays, config: RunConfig, request: Request) -> Arrays:
+    """Return the client's model as it goes out; that of a client that plays an attacker is poisoned first."""
+    model = sent_model(request.arrays, trained, config, client=request.client, server_round=request.server_round)
+    return shrink(model, request.arrays, precision=config.transport.precision)
 
 
 def _note(folder: Path, server_round: int, name: str, row: Mapping[str, Any]) -> None:
@@ -259,6 +266,9 @@ def _own_folder(config: RunConfig, context: Context) -> Path | None:
     path = str(context.node_config.get("data-path", ""))
     if not path:
         return None
+    if config.attack.kind != "none":
+        problem = "attack.kind: this node has images of its own (data-path); attacks are simulated on the run's own data only"
+        raise DataError(problem, public=problem)
     num_nodes = int(str(context.node_config.get("num-partitions", 1)))
     if config.num_clients > num_nodes:
         problem = (

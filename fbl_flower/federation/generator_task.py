@@ -19,8 +19,9 @@ from fbl_flower.federation.privacy import PrivacyLedger, cohort_size, private_mo
 from fbl_flower.federation.rounds import Round, choose_clients
 from fbl_flower.federation.wire import TRAIN_GENERATOR, Request, array_record
 from fbl_flower.generation.federated import CLASS_CODES, initial_arrays, write_federated
+from fbl_flower.methods.robust import aggregate
 from fbl_flower.methods.server_step import AVERAGE, next_average
-from fbl_flower.params import all_finite, capped, weighted_mean
+from fbl_flower.params import all_finite, capped
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 
 _LARGEST_WEIGHT = (
@@ -101,8 +102,8 @@ class GeneratorTask:
             cohort = cohort_size(self._settings.fraction_train, self._config.num_clients)
             arrays = private_model(arrays, replies, privacy, cohort=cohort, fixed={CLASS_CODES})
         elif any(sizes.values()):
-            weights = capped(list(sizes.values()), largest_share=self._config.aggregation.largest_share)
-            arrays = weighted_mean(replies, [float(weight) for weight in weights])
+            weights = capped([float(size) for size in sizes.values()], largest_share=self._config.aggregation.largest_share)
+            arrays = aggregate(arrays, replies, weights, self._config.aggregation)
             arrays[CLASS_CODES] = point.arrays[CLASS_CODES]  # which no client may move
         if not all_finite(arrays):
             raise RunFailed(

@@ -11,6 +11,7 @@ from fbl_flower.config import RunConfig
 from fbl_flower.federation.method_rounds import update_of
 from fbl_flower.federation.privacy import cohort_size, private_model
 from fbl_flower.federation.wire import Reply
+from fbl_flower.methods.robust import aggregate
 from fbl_flower.methods.server import corrected, model_to_average, next_state
 from fbl_flower.methods.server_step import AVERAGE, next_average, server_step
 from fbl_flower.params import Arrays, capped, weighted_mean
@@ -31,7 +32,7 @@ def next_point(
 ) -> Checkpoint:
     """Return the state of the run after a round: the mean of the clients' models, then what the server makes of it.
 
-    The mean is weighted as `aggregation.weight-by` says, up to `aggregation.largest-share`. Clients without images weigh nothing. With `privacy.clip-norm`, the sum of clipped
+    The mean is weighted as `aggregation.weight-by` says, up to `aggregation.largest-share`, or is what `aggregation.rule` puts in its place. Clients without images weigh nothing. With `privacy.clip-norm`, the sum of clipped
     updates, with noise, takes its place; sizes and whatever else a client sent are not looked at.
 
     Args:
@@ -60,7 +61,8 @@ def next_point(
     if embeddings is not None and shared:
         embeddings = weighted_mean([{"P": e} for e, _ in shared], [w for _, w in shared])["P"]
     updates = [update_of(reply, roles[client]) for client, reply in replies.items()]
-    arrays = weighted_mean([model_to_average(u, point.arrays, config) for u in updates], weights)
+    models = [model_to_average(u, point.arrays, config) for u in updates]
+    arrays = aggregate(point.arrays, models, weights, config.aggregation)
     state = next_state(point.method_state, updates, config=config, server_round=server_round)
     arrays, state = corrected(arrays, point.arrays, state, updates, config=config)
     mean = replace(point, server_round=server_round, arrays=arrays, embeddings=embeddings, method_state=state)
@@ -98,6 +100,8 @@ def server_in_words(config: RunConfig) -> str:
             else "without noise, so without privacy"
         )
         parts.append(f"clips updates to a norm of {privacy.clip_norm:g}, {noise}")
+    if config.aggregation.rule != "mean":
+        parts.append(f"aggregation by {config.aggregation.rule}")
     if server.optimizer != "none":
         parts.append(f"optimizer {server.optimizer}, learning rate {server.learning_rate:g}")
     if server.average:

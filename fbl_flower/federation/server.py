@@ -41,6 +41,7 @@ from fbl_flower.methods.server_step import AVERAGE
 from fbl_flower.params import Arrays
 from fbl_flower.reporting.rundir import Checkpoint, RunDirectory
 from fbl_flower.reporting.unfinished import open_run
+from fbl_flower.training.attack import attackers
 
 app = ServerApp()
 _SCORES = ("accuracy", "loss", "averaged_accuracy", "averaged_loss", "untuned_accuracy", "untuned_loss")
@@ -92,6 +93,9 @@ class _Federation:
         roster = call_roll(self.grid, num_clients=config.num_clients, timeout=config.prepare.timeout)
         roles = roles_of(config, roster)
         announce(roles, balancing=config.balancing.enabled)
+        if hostile := attackers(config):
+            names = ", ".join(map(str, hostile))
+            log(WARNING, "attack.kind: %s is simulated by the clients %s", config.attack.kind, names)
         if extras := server_in_words(config):
             log(INFO, "Server: %s", extras)
         self.attendance = Attendance(self.grid, self.run_dir, roster)

@@ -24,6 +24,7 @@ from fbl_flower.generation.cache import ImageCache
 from fbl_flower.generation.loading import load_generator
 from fbl_flower.generation.protocol import ImageGenerator
 from fbl_flower.seeding import numpy_stream
+from fbl_flower.training.attack import with_hostile_labels
 from fbl_flower.training.loop import Augmentation
 from fbl_flower.training.roles import drawn_roles
 
@@ -134,9 +135,9 @@ def forget_images() -> None:
 
 
 def client_examples(config: RunConfig, parts: DataParts, client: int) -> Examples:
-    """Return the private images of one client, as it has them (`data.noise`, `data.wrong-labels`)."""
+    """Return the private images of one client, as it has them (`data.noise`, `data.wrong-labels`, `attack`)."""
     owned = partition(believed_labels(config, parts).numpy(), config)[client]
-    return private_examples(config, parts, torch.from_numpy(owned))
+    return with_hostile_labels(config, private_examples(config, parts, torch.from_numpy(owned)), parts.info.num_classes, client)
 
 
 def client_plan(
