@@ -20,14 +20,6 @@ from fbl_flower.training import judge
 DIGITS = ["--data", "digits", "--threads", "1"]
 
 
-@pytest.fixture
-def quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a tiny network judge: half a second instead of half a minute, and still right on most digits."""
-    monkeypatch.setattr(judge, "JUDGE_MODEL", ModelConfig(name="tiny"))
-    monkeypatch.setattr(judge, "JUDGE_TRAINING", replace(judge.JUDGE_TRAINING, learning_rate=0.1))
-    monkeypatch.setattr(judge, "MIN_STEPS", 100)
-
-
 @pytest.fixture(scope="module")
 def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generator that was trained for two steps, in floats."""
@@ -45,7 +37,7 @@ def test_train_in_floats_then_quantize_and_compare(floats: Path, tmp_path: Path,
         assert read_info(folder).weights == weights
     capsys.readouterr()
     out = tmp_path / "quality.json"
-    options = ["--seeds", "0,1", "--out", str(out), "-c", "model.stem='imagenet' train.learning-rate=1e9 generator.steps=2"]
+    options = ["--seeds", "0,1", "--out", str(out), "-c", "model.stem='imagenet' train.learning-rate=1e6 generator.steps=2"]
     assert main(["generator", "quality", str(floats), str(four), str(eight), *DIGITS, *options]) == 0
     printed, warned = capsys.readouterr()
     assert warned.count("model.stem, train.learning-rate: not used; the judge has a recipe of its own") == 1

@@ -38,7 +38,7 @@ def test_no_setting_of_the_run_reaches_the_judge(monkeypatch: pytest.MonkeyPatch
     some = parts.public.take(torch.arange(40))
     other = parse_config(
         {
-            "model.name": "tiny", "train.learning-rate": 1e9, "train.schedule": "constant", "train.momentum": 0.0, "train.augment": False,
+            "model.name": "tiny", "train.learning-rate": 1e6, "train.schedule": "constant", "train.momentum": 0.0, "train.augment": False,
             "train.batch-size": 1, "train.epochs": 9, "seed": 5, "method.name": "fedprox", "train.precision": "fp32",
         }
     )  # fmt: skip

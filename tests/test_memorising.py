@@ -59,6 +59,7 @@ def test_a_client_without_images_has_no_row() -> None:
     assert [row.who for row in rows] == ["client 1", "all clients"]
 
 
+@pytest.mark.usefixtures("quick_judge")
 def test_the_quality_of_a_federated_generator_is_measured_against_the_clients_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

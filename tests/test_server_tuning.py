@@ -188,4 +188,4 @@ def test_repeats_of_own_images_are_no_generator_for_the_server() -> None:
 
 def test_a_tuning_that_diverges_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="server-tuning: the loss or the model is not finite; lower the learning rate"):
-        run_local(small(tmp_path, server_tuning__part="model", server_tuning__learning_rate=1e30, server_tuning__epochs=9))
+        run_local(small(tmp_path, server_tuning__part="model", server_tuning__learning_rate=1e6, server_tuning__epochs=9))

@@ -534,7 +534,7 @@ def test_nothing_runs_while_a_file_is_broken_or_does_not_fit_the_data(tmp_path: 
     write_row(tmp_path, "3-broken", head + "data.evaluate-on = 'validation'\ndata.num-validation = 0")
     with pytest.raises(ConfigError) as caught:  # each in a table of its own, since they are scored differently
         sweep.sweep_command(files=[broken[0]], seeds=(0,), num_jobs=1, out=tmp_path / "out")
-    assert caught.value.problems[0].startswith(f"{broken[0]}: data: 5000 test")
+    assert caught.value.problems[0].startswith(f"{broken[0]}: data.num-test: 5000 test")
     with pytest.raises(ConfigError) as caught:
         sweep.sweep_command(files=[broken[1]], seeds=(0,), num_jobs=1, out=tmp_path / "out")
     assert caught.value.problems[0].startswith(f"{broken[1]}: data.evaluate-on: validation, but")
