@@ -99,3 +99,18 @@ def test_ray_is_quiet_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RAY_DEDUP_LOGS", "1")
     environment = flower_environment()
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0" and environment["RAY_DEDUP_LOGS"] == "1"
+
+
+def test_ray_asks_for_a_token_that_differs_each_time_and_a_cluster_of_the_user_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    one, other = flower_environment(), flower_environment()
+    assert one["RAY_AUTH_MODE"] == "token" and len(one["RAY_AUTH_TOKEN"]) == 64
+    assert one["RAY_AUTH_TOKEN"] != other["RAY_AUTH_TOKEN"]
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    assert flower_environment()["RAY_AUTH_TOKEN"] == "mine"
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "RAY_AUTH_TOKEN" not in flower_environment()

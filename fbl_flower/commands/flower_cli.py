@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ def flower_environment(home: Path | None = None) -> dict[str, str]:
     own_home = {"FLWR_HOME": str(home)} if home else {}
     return (
         _RAY
+        | _ray_token()
         | with_direct_loopback(os.environ)
         | own_home
         | {
@@ -49,6 +51,13 @@ def flower_environment(home: Path | None = None) -> dict[str, str]:
             "PYTHONUNBUFFERED": "1",
         }
     )
+
+
+def _ray_token() -> dict[str, str]:
+    """Have Ray ask for a token that nobody else knows: its ports are open to the network, and whoever reaches them may run code."""
+    if "RAY_ADDRESS" in os.environ:  # a cluster of the user's own, whose token it is
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def flower_home(environment: Mapping[str, str]) -> Path:
