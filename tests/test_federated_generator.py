@@ -264,6 +264,9 @@ def test_a_second_simulation_takes_the_generator_of_the_first(
         second = run_local(few(tmp_path))
         with pytest.raises(RunFailed, match="generator round 1"):
             run_local(few(tmp_path, seed=1))
+        for other in ({"aggregation__rule": "median"}, {"attack__kind": "sign-flip", "attack__num_clients": 1}):
+            with pytest.raises(RunFailed, match="generator round 1"):  # another rule or an attack makes another generator
+                run_local(few(tmp_path, **other))
     assert second.run_dir != first.run_dir and second.summary["generator"] == first.summary["generator"]
     assert (second.run_dir / "metrics.jsonl").read_bytes() == (outcome.run_dir / "metrics.jsonl").read_bytes()
 

@@ -14,7 +14,10 @@ from fbl_flower.data.datasets import DataParts
 from fbl_flower.generation.new_folder import new_folder
 from fbl_flower.reporting.rundir import RunDirectory
 
-_DECISIVE = ("seed", "num-clients", "num-threads", "device", "data.", "federated-generator.", "privacy.", "transport.precision")
+_DECISIVE = (
+    "seed", "num-clients", "num-threads", "device", "data.", "federated-generator.", "aggregation.", "attack.", "privacy.",
+    "transport.precision",
+)  # fmt: skip
 _ELSEWHERE = ("data.path", "data.evaluate-on")  # where the images lie, and what scores the classifier
 
 
