@@ -14,7 +14,7 @@ from fbl_flower.config import FEDERATED, RunConfig
 from fbl_flower.errors import GeneratorError, StateError
 from fbl_flower.generation.loading import kind_of
 from fbl_flower.generation.new_folder import new_folder
-from fbl_flower.generation.recipe import RECIPE, check_files, read_info
+from fbl_flower.generation.recipe import RECIPE, check_files, file_sha256, read_info
 
 _MOST_FILES, _MOST_BYTES = 8, 256 * 2**20
 _PATIENCE = 60.0  # seconds that another process may take to store the same files
@@ -78,7 +78,7 @@ def with_generator(
         return replace(config, generator=replace(chosen, name=name)) if name else config
     if files:
         _store(files, identity, folder)
-    if not (folder / RECIPE).is_file() or hashlib.sha256((folder / RECIPE).read_bytes()).hexdigest() != identity:
+    if not (folder / RECIPE).is_file() or file_sha256(folder / RECIPE) != identity:
         raise StateError(f"generator: {folder} does not hold the federation's generator", public=LOST)
     return replace(config, generator=replace(chosen, name=FEDERATED, path=str(folder)))
 

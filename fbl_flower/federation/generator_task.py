@@ -52,7 +52,7 @@ class GeneratorTask:
 
     def start(self) -> Checkpoint:
         """Return where to begin: the last checkpoint of a killed run, else the first weights, which follow from the seed."""
-        if (self._own.path / "checkpoint.safetensors").exists():
+        if self._own.has_checkpoint():
             point = self._own.read_checkpoint()
             self._own.cut_rows(point.server_round)
             for row in self._own.read_rows("metrics.jsonl"):

@@ -14,7 +14,7 @@ import torch
 from fbl_flower.balancing.filling import fill
 from fbl_flower.balancing.oversampling import repeats
 from fbl_flower.balancing.plan import BalancePlan, cap_filling, limit_filling, make_plan, make_rich_plan
-from fbl_flower.config import OWN_IMAGES, GeneratorConfig, RunConfig
+from fbl_flower.config import OWN_IMAGES, DataConfig, GeneratorConfig, RunConfig
 from fbl_flower.data.client_folder import client_folder_parts
 from fbl_flower.data.corruption import believed_labels, private_examples
 from fbl_flower.data.datasets import DataParts, load_parts
@@ -132,6 +132,7 @@ def _client_images(config: RunConfig, client: int, own_folder: Path | None) -> t
 def forget_images() -> None:
     """Have this process read the clients' images again."""
     _client_images.cache_clear()
+    _own_parts.cache_clear()
 
 
 def client_examples(config: RunConfig, parts: DataParts, client: int) -> Examples:
@@ -170,8 +171,13 @@ def shared_generator(config: RunConfig, own_folder: Path | None = None) -> Image
 
 @functools.lru_cache(maxsize=1)
 def _load_once(config: RunConfig, own_folder: Path | None) -> ImageGenerator:
-    return load_generator(config, client_images(config, 0, own_folder)[0])
+    return load_generator(config, _parts(config, own_folder))
 
 
 def _parts(config: RunConfig, own_folder: Path | None) -> DataParts:
-    return client_folder_parts(config.data, own_folder) if own_folder else load_parts(config.data)
+    return _own_parts(config.data, own_folder) if own_folder else load_parts(config.data)
+
+
+@functools.lru_cache(maxsize=128)
+def _own_parts(config: DataConfig, own_folder: Path) -> DataParts:
+    return client_folder_parts(config, own_folder)
